@@ -1,0 +1,1 @@
+"""Where the unit's private key can live: one module per place."""

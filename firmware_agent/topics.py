@@ -1,0 +1,25 @@
+"""Names on the wire to the cloud: MQTT topics and what a valid serial is.
+
+The serial is the certificate's CN, the thing name and the MQTT client id, so one rule serves them all: what AWS
+accepts in a thing name (`CreateThing`: `[a-zA-Z0-9:_-]{1,128}`), narrowed to what a label can carry without doubt.
+"""
+
+import re
+
+PREFIX = "dt/picket"
+
+ALARM = "alarm"
+HEARTBEAT = "heartbeat"
+HELLO = "hello"
+
+_SERIAL = re.compile(r"[A-Z0-9][A-Z0-9-]{2,30}[A-Z0-9]")
+
+
+def valid_serial(text: str) -> bool:
+    """Whether `text` can be a serial: 4 to 32 of A-Z, 0-9 and inner hyphens."""
+    return _SERIAL.fullmatch(text) is not None
+
+
+def data_topic(thing: str, kind: str) -> str:
+    """The topic that the unit `thing` publishes `kind` on, e.g. `dt/picket/PK-000001/alarm`."""
+    return f"{PREFIX}/{thing}/{kind}"
