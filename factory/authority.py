@@ -6,10 +6,7 @@ down before it hands it out.
 """
 
 import hashlib
-import os
 import secrets
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from factory.errors import SignerFault, UnitFault, UserMistake
+from factory.files import write_whole
 
 ORGANISATION = "Picket"
 
@@ -131,9 +129,7 @@ def make_signing(root: CertificateAuthority, start: datetime, years: float = SIG
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(certify=True), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key()), critical=False)
         .sign(root.key, hashes.SHA384())
     )
     return CertificateAuthority(certificate, key)
@@ -162,9 +158,7 @@ def make_leaf(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing.key.public_key()), critical=False)
         .sign(signing.key, hashes.SHA256())
     )
 
@@ -253,9 +247,9 @@ def create_authority(directory: Path, passphrase: bytes) -> CertificateAuthority
     signing = make_signing(root, start)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name, authority in (("root", root), ("signing", signing)):
-        write_private(directory / f"{name}.key", _encrypted(authority.key, passphrase))
-    write_private(directory / "root.pem", root.pem.encode(), mode=0o644)
-    write_private(directory / "signing.pem", signing.pem.encode(), mode=0o644)
+        write_whole(directory / f"{name}.key", _encrypted(authority.key, passphrase))
+    write_whole(directory / "root.pem", root.pem.encode(), mode=0o644)
+    write_whole(directory / "signing.pem", signing.pem.encode(), mode=0o644)
     return signing
 
 
@@ -318,33 +312,3 @@ def _encrypted(key: ec.EllipticCurvePrivateKey, passphrase: bytes) -> bytes:
         serialization.PrivateFormat.PKCS8,
         serialization.BestAvailableEncryption(passphrase),
     )
-
-
-def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the directory."""
-    with temporary_beside(path) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def temporary_beside(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    """A name beside `path` that becomes `path` if the block ends well, and is gone otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-PassphraseSource = Callable[[], bytes]

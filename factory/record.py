@@ -317,9 +317,7 @@ def _view(row: RunRow) -> RunView:
             outcome=step.outcome,
             reason=step.reason,
             notes=step.notes,
-            measurements=tuple(
-                Measurement(m.name, m.value, m.unit, Limits(m.low, m.high)) for m in step.measurements
-            ),
+            measurements=tuple(Measurement(m.name, m.value, m.unit, Limits(m.low, m.high)) for m in step.measurements),
         )
         for step in row.steps
     )

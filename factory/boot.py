@@ -1,0 +1,60 @@
+"""Boot: power the unit, wait for the factory banner on its console, open the session that the banner pins."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from factory.bench import Agent, Bench, Image
+from factory.errors import UnitFault
+from factory.record import Step
+from firmware_agent.wire import Banner, MalformedError, parse_banner
+
+BOOT_SECONDS = 120.0
+#: How much of the console the record keeps of a unit that says nothing useful.
+TAIL_LINES = 12
+
+
+@contextmanager
+def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) -> Iterator[tuple[Banner, Agent]]:
+    """Power the unit, and hold a session with its agent open for as long as the context lasts.
+
+    Raises:
+        UnitFault: no banner within `seconds`, a banner of another image, or not the host key of the banner.
+    """
+    bench.power.off()
+    bench.power.on()
+    started = time.monotonic()
+    banner = _await_banner(bench, step, seconds)
+    step.note("seconds_to_banner", round(time.monotonic() - started, 2))
+    step.note("board", banner.board)
+    step.note("image", banner.image)
+    if banner.image != f"{image.name} {image.version}":
+        raise UnitFault(
+            f"the unit booted {banner.image}, but {image.name} {image.version} was flashed",
+            advice="It boots from another medium: remove any second medium, then run it again.",
+        )
+    with bench.shell.open(banner) as agent:
+        step.note("host_key", banner.host_key)
+        yield banner, agent
+
+
+def _await_banner(bench: Bench, step: Step, seconds: float) -> Banner:
+    tail: list[str] = []
+    for line in bench.console.lines(seconds):
+        try:
+            banner = parse_banner(line)
+        except MalformedError as error:
+            raise UnitFault(
+                f"the unit's banner is not one that this station knows: {error}",
+                advice="The image is older or newer than the station. Flash the image of this release.",
+            ) from error
+        if banner is not None:
+            return banner
+        tail = [*tail, line.rstrip()][-TAIL_LINES:]
+        step.progress(0, 0, line.strip()[:60])
+    step.note("console", "\n".join(tail) or None)
+    raise UnitFault(
+        f"no factory banner within {seconds:.0f} s; the console "
+        + (f"ended with: {tail[-1][:120]!r}" if tail else "was silent"),
+        advice="Check the power and the console cable (TX and RX swapped?). If both are good, the board is faulty.",
+    )

@@ -1,0 +1,145 @@
+"""Flash: forget the medium, write the image's mapped blocks, block 0 last, and read all of it back.
+
+A hole in the image is not written, so the medium is discarded first: a unit that is made again keeps nothing of its
+last life. Block 0 holds the partition table; as it comes last, a medium that was cut off half way does not boot.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory.bench import Image, Medium, Storage
+from factory.errors import StationFault, UnitFault
+from factory.record import Step
+from image.bmap import BlockMap, BlockRange, BmapError, parse_bmap
+
+CHUNK = 4 * 2**20
+
+_BAD_MEDIUM = "Put in a new medium. If that fails too, the reader or its cable is faulty."
+_BAD_IMAGE = "Build or fetch the image again: the file on the station is not what its block map says."
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    offset: int
+    length: int
+
+
+def flash(storage: Storage, image: Image, step: Step) -> None:
+    """Write `image` and prove that it is on the medium.
+
+    Raises:
+        UnitFault: the medium is too small, or does not hold what was written.
+        StationFault: the image does not match its block map; block 0 was not written.
+    """
+    block_map = load_block_map(image)
+    total = sum(_length(block_map, one) for one in block_map.ranges)
+    with storage.attach() as medium:
+        step.note("medium", medium.name)
+        if medium.size < image.size:
+            raise UnitFault(
+                f"the medium {medium.name} is too small: {medium.size:,} bytes, the image needs {image.size:,}",
+                advice="Put in a larger medium.",
+            )
+        medium.discard()
+        head = _write(image, block_map, medium, step, total)
+        medium.write(0, head)
+        medium.flush()
+        digest = _read_back(block_map, medium, step, total)
+    step.note("mapped_bytes", total)
+    step.note("image_sha256", image.sha256)
+    step.note("read_back_sha256", digest)
+
+
+def load_block_map(image: Image) -> BlockMap:
+    """The image's block map.
+
+    Raises:
+        StationFault: it is missing, damaged, or of another image.
+    """
+    try:
+        block_map = parse_bmap(image.block_map.read_text())
+    except (OSError, UnicodeDecodeError, BmapError) as error:
+        raise StationFault(f"the block map {image.block_map} is unusable: {error}", advice=_BAD_IMAGE) from error
+    if block_map.image_size != image.size or not block_map.ranges or block_map.ranges[0].first != 0:
+        raise StationFault(f"the block map {image.block_map} is not of image {image.path}", advice=_BAD_IMAGE)
+    return block_map
+
+
+def _write(image: Image, block_map: BlockMap, medium: Medium, step: Step, total: int) -> bytes:
+    """Write every mapped range but block 0, which is returned; hash while the medium is busy."""
+    head, done = b"", 0
+    descriptor = _open(image.path)
+    try:
+        with ThreadPoolExecutor(1) as hasher:
+            for one in block_map.ranges:
+                digest = hashlib.sha256()
+                for chunk in _chunks(block_map, one):
+                    data = os.pread(descriptor, chunk.length, chunk.offset)
+                    hashing = hasher.submit(digest.update, data)
+                    if chunk.offset == 0:
+                        head = data[: block_map.block_size]
+                        medium.write(len(head), memoryview(data)[len(head) :])
+                    else:
+                        medium.write(chunk.offset, data)
+                    hashing.result()
+                    done += chunk.length
+                    step.progress(done, 2 * total, "write")
+                if digest.hexdigest() != one.sha256:
+                    raise StationFault(
+                        f"the image {image.path} is damaged: blocks {one.first} to {one.last} do not match the block map",
+                        advice=_BAD_IMAGE,
+                    )
+    finally:
+        os.close(descriptor)
+    return head
+
+
+def _open(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise StationFault(f"the image {path} cannot be read: {error.strerror}", advice=_BAD_IMAGE) from error
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return descriptor
+
+
+def _read_back(block_map: BlockMap, medium: Medium, step: Step, total: int) -> str:
+    """Compare every mapped range on the medium; the digest over the ranges' digests."""
+    done, whole = total, hashlib.sha256()
+    with ThreadPoolExecutor(1) as reader:
+        for one in block_map.ranges:
+            digest = hashlib.sha256()
+            chunks = list(_chunks(block_map, one))
+            ahead = reader.submit(medium.read, chunks[0].offset, chunks[0].length)
+            for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+                data = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(medium.read, following.offset, following.length)
+                digest.update(data)
+                done += chunk.length
+                step.progress(done, 2 * total, "read back")
+            if digest.hexdigest() != one.sha256:
+                raise UnitFault(
+                    f"the medium does not hold what was written: blocks {one.first} to {one.last} read back differently",
+                    advice=_BAD_MEDIUM,
+                )
+            whole.update(digest.digest())
+    return whole.hexdigest()
+
+
+def _length(block_map: BlockMap, one: BlockRange) -> int:
+    end = min((one.last + 1) * block_map.block_size, block_map.image_size)
+    return end - one.first * block_map.block_size
+
+
+def _chunks(block_map: BlockMap, one: BlockRange) -> Iterator[_Chunk]:
+    offset = one.first * block_map.block_size
+    end = offset + _length(block_map, one)
+    while offset < end:
+        length = min(CHUNK, end - offset)
+        yield _Chunk(offset, length)
+        offset += length
