@@ -1,0 +1,81 @@
+# Targets are one line of help each; what `make` does not list is not supported.
+# Needs: Python 3.11+, make and git. `setup`, `image`, `demo-vm` and `test-vm` also need root on Debian or Raspberry Pi OS.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STATION := $(BIN)/python station.py
+TARGET ?= local
+ONLY ?=
+PACKAGES := image factory firmware_agent cloud station.py tests bench
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-vm test test-vm check format lock setup image cloud cloud-up cloud-down doctor bench clean
+
+help: ## show this help
+	@echo "Picket: put Raspberry Pi products into the world."
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+$(VENV)/.station: requirements/station.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Picket needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: install the package python3-venv, then try again."; exit 2; }
+	@echo "Installing the Python packages (once)..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/station.lock
+	@touch $@
+
+$(VENV)/.development: requirements/development.lock $(VENV)/.station
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/development.lock
+	@touch $@
+
+demo: $(VENV)/.station ## take a simulated unit through the line to its first SMS: no root, no AWS, no hardware
+	@$(STATION) demo --bench benches/simulated.toml
+
+demo-vm: setup image ## the same on the real image in a virtual Pi
+	@$(STATION) demo --bench benches/virtual.toml
+
+test: $(VENV)/.development ## run the tests that need Python packages only
+	@$(BIN)/python -m pytest -m "not vm and not hardware"
+
+test-vm: setup image $(VENV)/.development ## run the tests on the real image in a virtual Pi
+	@$(BIN)/python -m pytest -m "vm"
+
+check: $(VENV)/.development ## lint, format, types, import arrows
+	@$(BIN)/ruff check $(PACKAGES)
+	@$(BIN)/ruff format --check $(PACKAGES)
+	@$(BIN)/mypy $(PACKAGES)
+	@$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(VENV)/.development ## format the code
+	@$(BIN)/ruff format $(PACKAGES)
+	@$(BIN)/ruff check --fix $(PACKAGES)
+
+lock: $(VENV)/.development ## compile requirements/*.lock anew from pyproject.toml
+	@$(BIN)/python requirements/compile.py
+
+setup: ## install the system packages that the virtual Pi and the image need (only what is missing; root)
+	@sh image/setup.sh
+
+image: setup $(VENV)/.station ## build the OS image into build/image
+	@$(BIN)/python -m image build
+
+cloud: $(VENV)/.station ## deploy the cloud stack: to the local cloud, or to AWS with TARGET=aws
+	@if [ "$(TARGET)" = local ]; then $(BIN)/python -m cloud up; fi
+	@$(BIN)/python -m cloud deploy --target $(TARGET)
+
+cloud-up: $(VENV)/.station ## start the local cloud (loopback only, state is kept)
+	@$(BIN)/python -m cloud up
+
+cloud-down: $(VENV)/.station ## stop the local cloud
+	@$(BIN)/python -m cloud down
+
+doctor: $(VENV)/.station ## prove that the cloud refuses what it must refuse
+	@$(BIN)/python -m cloud doctor --target $(TARGET)
+
+bench: $(VENV)/.development ## measure speed against peers; ONLY=name runs one
+	@$(BIN)/python bench/run.py $(if $(ONLY),--only $(ONLY))
+
+clean: ## remove all that was built, the records of demos included (the virtual environment stays)
+	@$(BIN)/python -m cloud down 2>/dev/null || true
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

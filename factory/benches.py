@@ -1,0 +1,174 @@
+"""Bench files: TOML in, an open bench out. The one table of what a board's URI scheme means."""
+
+import fcntl
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from factory.bench import Bench
+from factory.drivers import rpi, simulated, virtual
+from factory.errors import UserMistake
+
+
+@dataclass(frozen=True)
+class AuthoritySettings:
+    """Where the signing CA lives, and the file that holds its passphrase."""
+
+    directory: Path
+    passphrase_file: Path
+
+
+@dataclass(frozen=True)
+class CloudSettings:
+    """Which cloud: `local` with its state folder, or `aws`. `endpoint` overrides where devices connect (`host:port`)."""
+
+    target: str
+    state: Path
+    endpoint: str | None
+
+
+@dataclass(frozen=True)
+class BoardSettings:
+    """The board: its URI, and the options of its scheme."""
+
+    scheme: str
+    place: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BenchFile:
+    """What a bench file says. Paths are relative to the folder that the command runs in."""
+
+    path: Path
+    name: str
+    station: str
+    product: str
+    batch: str
+    image: Path
+    records: str
+    labels: Path
+    factory_key: Path
+    authority: AuthoritySettings
+    cloud: CloudSettings
+    board: BoardSettings
+
+
+Opener = Callable[[BoardSettings, Path], AbstractContextManager[Bench]]
+
+
+def _simulated(board: BoardSettings, key: Path) -> AbstractContextManager[Bench]:
+    return simulated.open_bench(Path(board.place), key, board.options)
+
+
+def _virtual(board: BoardSettings, key: Path) -> AbstractContextManager[Bench]:
+    return virtual.open_bench(Path(board.place), key, board.options)
+
+
+def _rpi(board: BoardSettings, key: Path) -> AbstractContextManager[Bench]:
+    return rpi.open_bench(key, board.options)
+
+
+BOARDS: dict[str, Opener] = {"simulated": _simulated, "virtual": _virtual, "rpi": _rpi}
+
+
+@contextmanager
+def open_bench(file: BenchFile) -> Iterator[Bench]:
+    """The bench that a file describes, ours alone until the context ends.
+
+    Raises:
+        UserMistake: its board's options are wrong, or another command uses it.
+        StationFault: one of its drivers cannot be opened.
+    """
+    with (
+        _only_one(Path("build") / "locks" / f"{file.name}.lock", file.name),
+        BOARDS[file.board.scheme](file.board, file.factory_key) as bench,
+    ):
+        yield bench
+
+
+@contextmanager
+def _only_one(lock: Path, name: str) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserMistake(
+                f"bench {name} is in use by another command", advice="Wait until it ends, or name another bench."
+            ) from error
+        yield
+
+
+def load_bench_file(path: Path) -> BenchFile:
+    """Read a bench file.
+
+    Raises:
+        UserMistake: it is missing, no TOML, or lacks or misspells something; the message names it.
+    """
+    try:
+        top = _Table(path, "", tomllib.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserMistake(f"there is no bench file {path}", advice="`ls benches` shows those that are there.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserMistake(f"the bench file {path} cannot be read: {error}") from error
+    authority, cloud, board = top.table("authority"), top.table("cloud"), top.table("board")
+    scheme, _, place = board.text("uri").partition(":")
+    if scheme not in BOARDS:
+        raise UserMistake(f"{path}: board.uri is of an unknown kind {scheme!r}", advice=f"Known: {', '.join(BOARDS)}.")
+    target = cloud.text("target")
+    if target not in {"local", "aws"}:
+        raise UserMistake(f"{path}: cloud.target is {target!r}; it can be local or aws")
+    file = BenchFile(
+        path=path,
+        name=top.text("name"),
+        station=top.text("station"),
+        product=top.text("product"),
+        batch=top.text("batch"),
+        image=Path(top.text("image")),
+        records=top.text("records"),
+        labels=Path(top.text("labels")),
+        factory_key=Path(top.text("factory_key")),
+        authority=AuthoritySettings(Path(authority.text("directory")), Path(authority.text("passphrase_file"))),
+        cloud=CloudSettings(target, Path(cloud.text("state", "build/cloud")), cloud.optional("endpoint")),
+        board=BoardSettings(scheme, place, board.rest()),
+    )
+    for table in (top, authority, cloud):
+        table.done()
+    return file
+
+
+class _Table:
+    """A TOML table, read field by field; what nobody asked for is a mistake."""
+
+    def __init__(self, path: Path, name: str, fields: dict[str, Any]) -> None:
+        self._path, self._name, self._fields = path, name, dict(fields)
+
+    def optional(self, field: str) -> str | None:
+        value = self._fields.pop(field, None)
+        if value is not None and not isinstance(value, str):
+            raise UserMistake(f"{self._path}: {self._name}{field} must be a text")
+        return value
+
+    def text(self, field: str, default: str | None = None) -> str:
+        value = self.optional(field)
+        if value is None and default is None:
+            raise UserMistake(f"{self._path}: {self._name}{field} is missing")
+        return value if value is not None else str(default)
+
+    def table(self, field: str) -> "_Table":
+        value = self._fields.pop(field, None)
+        if not isinstance(value, dict):
+            raise UserMistake(f"{self._path}: the table [{field}] is missing")
+        return _Table(self._path, f"{field}.", value)
+
+    def rest(self) -> dict[str, Any]:
+        rest, self._fields = self._fields, {}
+        return rest
+
+    def done(self) -> None:
+        if self._fields:
+            raise UserMistake(f"{self._path}: {self._name}{next(iter(self._fields))} is not known here")
