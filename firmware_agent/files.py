@@ -1,0 +1,83 @@
+"""Files that survive a pulled plug: after a crash at any instruction there is the old content or the new, never half.
+
+The order is always the same: write under a temporary name, fsync the file, rename over the old name, fsync the
+directory. rename(2) is atomic on ext4, but without the first fsync the new name may show an empty file after a power
+cut, and without the second the rename itself may be lost.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in `path` durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    """Create `path` with `data` and make the content durable, though not yet the name."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        os.fchmod(handle, mode)  # whatever the umask
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace the file `path` by `data`, durably.
+
+    Raises:
+        OSError: the disk is full or the directory is not ours; the old file is untouched.
+    """
+    temporary = _temporary(path)
+    try:
+        _write_new(temporary, data, mode)
+        os.replace(temporary, path)  # noqa: PTH105 - beside its fsyncs, so that all three are seen together
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def write_directory(path: Path, contents: dict[str, bytes], mode: int = 0o700) -> None:
+    """Create the directory `path` with `contents`, whole and durable; `path` must not exist yet."""
+    temporary = _temporary(path)
+    os.mkdir(temporary, mode)  # noqa: PTH102 - the same family of calls
+    for name, data in contents.items():
+        _write_new(temporary / name, data, 0o600)
+    sync_directory(temporary)
+    os.rename(temporary, path)  # noqa: PTH104
+    sync_directory(path.parent)
+
+
+def point(link: Path, target: str) -> None:
+    """Make the symlink `link` point to `target`, atomically and durably."""
+    temporary = _temporary(link)
+    os.symlink(target, temporary)  # noqa: PTH211
+    os.replace(temporary, link)  # noqa: PTH105
+    sync_directory(link.parent)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`, or None when there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None

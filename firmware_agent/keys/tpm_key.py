@@ -1,0 +1,305 @@
+"""The device key in the TPM, used through the PKCS#11 module of tpm2-pkcs11.
+
+The module keeps the key as a blob that only this TPM can open, in a small database (`TPM2_PKCS11_STORE`) beside the
+agent's other state. The PINs that PKCS#11 insists on lie next to it, random and readable by the agent alone: they guard
+nothing that the file's owner does not have, for the key is bound to the TPM, not to the PIN.
+
+The module reads its environment when it is loaded, once per process: see `use`. It must also never be logged out while
+a TLS connection wants to sign, and logging in is per token, not per session; so `TpmKeys` holds one session from its
+first use to `close`.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+
+from firmware_agent import files
+from firmware_agent.errors import KeyFault, NoTpm, WrongState
+from firmware_agent.keys import tpm
+from firmware_agent.settings import Settings, Tpm
+
+_FIELD_BYTES: Final = 32  # of P-256
+_OK: Final = 0  # CKR_OK
+
+
+def environment(settings: Settings) -> Mapping[str, str]:
+    """What libtpm2_pkcs11 must find in the environment when it is loaded."""
+    return {"TPM2_PKCS11_STORE": str(settings.paths.tpm_store), "TPM2_PKCS11_TCTI": settings.tpm.tcti}
+
+
+def use(settings: Settings) -> None:
+    """Make this process use the TPM and the store of `settings`, letting go of those of another board.
+
+    The module knows one store per process. A program with several boards (the tests, a station with simulated ones)
+    calls this before each board's first key operation, and never has two boards with a TPM at work at once.
+    """
+    wanted = environment(settings)
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        import pkcs11  # noqa: PLC0415 - only where a TPM is used
+
+        pkcs11.unload(str(settings.tpm.module))
+        os.environ.update(wanted)
+
+
+class TpmPrivateKey(ec.EllipticCurvePrivateKey):
+    """A P-256 key that signs in the TPM; for `cryptography`'s builders. It holds no secret."""
+
+    def __init__(self, key: "TpmKey") -> None:
+        self._key = key
+
+    def sign(self, data: Any, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
+        """ECDSA over `data`; SHA-256 only."""
+        if not isinstance(signature_algorithm, ec.ECDSA) or not isinstance(
+            signature_algorithm.algorithm, hashes.SHA256
+        ):
+            raise ValueError("this key signs by ECDSA with SHA-256 only")
+        return self._key.sign(bytes(data))
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """The public half."""
+        return self._key.public_key()
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        """P-256."""
+        return ec.SECP256R1()
+
+    @property
+    def key_size(self) -> int:
+        """In bits."""
+        return 256
+
+    def exchange(self, algorithm: ec.ECDH, peer_public_key: ec.EllipticCurvePublicKey) -> bytes:
+        """Not with this key."""
+        raise NotImplementedError("the device key signs, nothing else")
+
+    def private_numbers(self) -> ec.EllipticCurvePrivateNumbers:
+        """Never leaves the TPM."""
+        raise NotImplementedError("the device key never leaves the TPM")
+
+    def private_bytes(
+        self,
+        encoding: serialization.Encoding,
+        format: serialization.PrivateFormat,  # noqa: A002 - the base class's name
+        encryption_algorithm: serialization.KeySerializationEncryption,
+    ) -> bytes:
+        """Never leaves the TPM."""
+        raise NotImplementedError("the device key never leaves the TPM")
+
+    def __copy__(self) -> "TpmPrivateKey":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TpmPrivateKey":
+        return self
+
+
+class TpmKey:
+    """A key pair in the TPM, behind an open session."""
+
+    def __init__(self, settings: Tpm, pin: str, public: ec.EllipticCurvePublicKey, private: Any) -> None:
+        self._settings = settings
+        self._pin = pin
+        self._public = public
+        self._private = private
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """The public half."""
+        return self._public
+
+    def private_key(self) -> ec.EllipticCurvePrivateKey:
+        """A handle for builders."""
+        return TpmPrivateKey(self)
+
+    def sign(self, data: bytes) -> bytes:
+        """ECDSA with SHA-256 over `data`, as DER; the TPM gives r and s side by side (PKCS#11 v3.0, 2.3.1)."""
+        import pkcs11  # noqa: PLC0415 - only where a TPM is used
+
+        digest = hashes.Hash(hashes.SHA256())
+        digest.update(data)
+        try:
+            raw = self._private.sign(digest.finalize(), mechanism=pkcs11.Mechanism.ECDSA)
+        except pkcs11.PKCS11Error as error:
+            raise KeyFault(f"the TPM does not sign: {_name(error)}") from error
+        return utils.encode_dss_signature(
+            int.from_bytes(raw[:_FIELD_BYTES], "big"),
+            int.from_bytes(raw[_FIELD_BYTES:], "big"),
+        )
+
+    def tls(self, chain: str) -> Any:
+        """TLS client options with this key and `chain`. awscrt speaks TLS 1.2 with such keys, not 1.3."""
+        from awscrt.io import Pkcs11Lib, TlsContextOptions  # noqa: PLC0415 - only when a connection is made
+
+        return TlsContextOptions.create_client_with_mtls_pkcs11(
+            # DEFAULT: "already initialised" (by python-pkcs11) is fine, and C_Finalize is left to who initialised.
+            pkcs11_lib=Pkcs11Lib(
+                file=str(self._settings.module), behavior=Pkcs11Lib.InitializeFinalizeBehavior.DEFAULT
+            ),
+            user_pin=self._pin,
+            token_label=self._settings.token,
+            private_key_label=self._settings.key,
+            cert_file_contents=chain,
+        )
+
+
+class TpmKeys:
+    """The TPM as a key store."""
+
+    def __init__(self, settings: Tpm, *, pin: Path, store: Path) -> None:
+        self._settings = settings
+        self._pin_file = pin
+        self._store = store
+        self._session: Any = None
+        self._key: TpmKey | None = None
+
+    def ensure(self) -> TpmKey:
+        """The key, made now if there was none."""
+        return self._open(create=True)
+
+    def load(self) -> TpmKey:
+        """The key that was made before."""
+        return self._open(create=False)
+
+    def close(self) -> None:
+        """Log out."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._key = None
+
+    def _open(self, *, create: bool) -> TpmKey:
+        if self._key is not None:
+            return self._key
+        if not tpm.present(self._settings.tcti):
+            raise NoTpm(
+                f"this unit is configured for a TPM and none answers at {self._settings.tcti}; "
+                "check the module's seat and the boot log, or take the unit out of the line",
+            )
+        import pkcs11  # noqa: PLC0415 - only where a TPM is used
+
+        try:
+            self._store.mkdir(mode=0o700, parents=True, exist_ok=True)
+            library = pkcs11.lib(str(self._settings.module))
+            if self._session is None:
+                self._session = self._login(library, create=create)
+            self._key = self._find(self._session) or (self._generate(self._session) if create else None)
+        except (pkcs11.PKCS11Error, RuntimeError) as error:
+            self.close()
+            raise KeyFault(f"the TPM's token {self._settings.token!r} cannot be used: {_name(error)}") from error
+        if self._key is None:
+            raise WrongState("this unit has no key yet; run enrol first")
+        return self._key
+
+    def _pins(self) -> dict[str, str]:
+        """User and security officer PIN, made before the token that they open."""
+        pins = files.read_json(self._pin_file)
+        if pins is None:
+            pins = {"user": secrets.token_hex(16), "officer": secrets.token_hex(16)}
+            files.write_atomic(self._pin_file, json.dumps(pins).encode(), 0o600)
+        return {"user": str(pins["user"]), "officer": str(pins["officer"])}
+
+    def _login(self, library: Any, *, create: bool) -> Any:
+        """An open session on our token, which is initialised where `create` allows it."""
+        import pkcs11  # noqa: PLC0415 - only where a TPM is used
+
+        token = self._token(library)
+        if token is None:
+            if not create:
+                raise WrongState("this unit has no key yet; run enrol first")
+            self._initialise(library)
+            token = self._token(library)
+            if token is None:
+                raise KeyFault("the PKCS#11 module initialised a token and does not show it")
+        pins = self._pins()
+        try:
+            return token.open(rw=True, user_pin=pins["user"])
+        except (pkcs11.PinIncorrect, pkcs11.UserPinNotInitialized):
+            # A crash between C_InitToken and C_InitPIN: the token is ours, its user has no PIN yet.
+            with token.open(rw=True, so_pin=pins["officer"]) as officer:
+                officer.init_pin(pins["user"])
+            return token.open(rw=True, user_pin=pins["user"])
+
+    def _token(self, library: Any) -> Any:
+        import pkcs11  # noqa: PLC0415 - only where a TPM is used
+
+        for slot in library.get_slots(token_present=True):
+            try:
+                token = slot.get_token()
+            except pkcs11.TokenNotRecognised:
+                continue
+            if token.label.rstrip("\0 ") == self._settings.token:
+                return token
+        return None
+
+    def _initialise(self, library: Any) -> None:
+        """Make a token in the free slot. python-pkcs11 has no C_InitToken, so this one call goes by ctypes."""
+        pins = self._pins()
+        slot = library.get_slots(token_present=True)[-1].slot_id  # the module's last slot is always a free one
+        officer = pins["officer"].encode()
+        label = self._settings.token.encode().ljust(32)
+        module = ctypes.CDLL(str(self._settings.module))
+        answer = module.C_InitToken(ctypes.c_ulong(slot), officer, ctypes.c_ulong(len(officer)), label)
+        if answer != _OK:
+            raise KeyFault(f"the TPM's token cannot be initialised: C_InitToken answered {answer:#x}")
+        with self._token(library).open(rw=True, so_pin=pins["officer"]) as session:
+            session.init_pin(pins["user"])
+
+    def _find(self, session: Any) -> TpmKey | None:
+        from pkcs11 import Attribute, ObjectClass  # noqa: PLC0415 - only where a TPM is used
+
+        def objects(kind: Any) -> list[Any]:
+            template = {Attribute.CLASS: kind, Attribute.LABEL: self._settings.key}
+            return list(session.get_objects(template))
+
+        private = objects(ObjectClass.PRIVATE_KEY)
+        public = objects(ObjectClass.PUBLIC_KEY)
+        if not private:
+            return None
+        if len(private) != 1 or len(public) != 1:
+            raise KeyFault(
+                f"the TPM's token holds {len(private)} private and {len(public)} public keys labelled "
+                f"{self._settings.key!r}, not one of each; the connection selects by label only",
+            )
+        point = bytes(public[0][Attribute.EC_POINT])
+        point = point[2:] if point[:2] == b"\x04\x41" else point  # an OCTET STRING around the point, in most modules
+        key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)
+        return TpmKey(self._settings, self._pins()["user"], key, private[0])
+
+    def _generate(self, session: Any) -> TpmKey | None:
+        from pkcs11 import Attribute, KeyType  # noqa: PLC0415 - only where a TPM is used
+        from pkcs11.constants import DEFAULT  # noqa: PLC0415
+        from pkcs11.util.ec import encode_named_curve_parameters  # noqa: PLC0415
+
+        parameters = session.create_domain_parameters(
+            KeyType.EC,
+            {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")},
+            local=True,
+        )
+        # tpm2-pkcs11 refuses attributes that it does not know for a key of this kind, even when they are false, so
+        # python-pkcs11's own templates are emptied of them.
+        parameters.generate_keypair(
+            store=True,
+            label=self._settings.key,
+            id=self._settings.key.encode(),
+            capabilities=0,
+            public_template={Attribute.ENCRYPT: DEFAULT, Attribute.WRAP: DEFAULT, Attribute.VERIFY: True},
+            private_template={
+                Attribute.DECRYPT: DEFAULT,
+                Attribute.UNWRAP: DEFAULT,
+                Attribute.DERIVE: DEFAULT,
+                Attribute.SIGN: True,
+                Attribute.SENSITIVE: True,
+                Attribute.EXTRACTABLE: False,
+            },
+        )
+        return self._find(session)
+
+
+def _name(error: Exception) -> str:
+    """python-pkcs11's errors say what happened by their class, and often nothing else."""
+    return f"{type(error).__name__} {error}".strip()

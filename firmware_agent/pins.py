@@ -1,0 +1,144 @@
+"""The PIR's line: edges as they happen, never a poll.
+
+gpiozero's `MotionSensor` samples ten times a second, which adds 50 ms and misses short pulses; `DigitalInputDevice`
+hands over the kernel's edge events. The pin factory is named and passed in: gpiozero's own choice falls back in silence
+from one back end to the next.
+"""
+
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from firmware_agent.errors import PirFault
+
+#: _IOR(0xB4, 0x01, struct gpiochip_info { char name[32]; char label[32]; __u32 lines; }) of <linux/gpio.h>
+_GPIO_GET_CHIPINFO: Final = 0x8044B401
+_CHIP_INFO: Final = struct.Struct("32s32sI")
+
+
+class Pir(Protocol):
+    """An opened motion sensor."""
+
+    def level(self) -> int:
+        """1 while the sensor sees motion."""
+        ...
+
+    def watch(self, edge: Callable[[bool], None]) -> None:
+        """Call `edge(True)` on each rising and `edge(False)` on each falling edge, from another thread."""
+        ...
+
+
+class Pins(Protocol):
+    """Where the PIR is wired to."""
+
+    def pir(self) -> AbstractContextManager[Pir]:
+        """The sensor, ours until the context ends.
+
+        Raises:
+            PirFault: there is no such line, or somebody else holds it.
+        """
+        ...
+
+
+class _GpiozeroPir:
+    """A `DigitalInputDevice` seen as a `Pir`."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+
+    def level(self) -> int:
+        return int(self._device.value)
+
+    def watch(self, edge: Callable[[bool], None]) -> None:
+        self._device.when_activated = lambda: edge(True)
+        self._device.when_deactivated = lambda: edge(False)
+
+
+@contextmanager
+def _open(factory: Any, line: int) -> Iterator[Pir]:
+    from gpiozero import DigitalInputDevice, GPIOZeroError  # noqa: PLC0415 - half a second on a Pi, only where needed
+
+    try:
+        # The pull-down makes a cut wire read as "no motion", which the line's self-test then finds. No bounce time:
+        # it would drop edges, and a PIR's output does not bounce.
+        device = DigitalInputDevice(line, pull_up=False, pin_factory=factory)
+    except (GPIOZeroError, OSError) as error:
+        raise PirFault(f"GPIO line {line} cannot be used: {error}") from error
+    with device:
+        yield _GpiozeroPir(device)
+
+
+class FactoryPins:
+    """A line of a pin factory that somebody else made and keeps: gpiozero's `MockFactory` on the simulated board."""
+
+    def __init__(self, factory: Any, line: int) -> None:
+        self._factory = factory
+        self._line = line
+
+    def pir(self) -> AbstractContextManager[Pir]:
+        """The sensor on the factory's line."""
+        return _open(self._factory, self._line)
+
+
+def chip_labels(devices: Path = Path("/dev")) -> dict[int, str]:
+    """Number and label of each GPIO chip that we may open."""
+    labels = {}
+    for path in devices.glob("gpiochip*"):
+        with suppress(OSError, ValueError):
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                answer = fcntl.ioctl(handle, _GPIO_GET_CHIPINFO, bytes(_CHIP_INFO.size))
+            finally:
+                os.close(handle)
+            _, label, _ = _CHIP_INFO.unpack(answer)
+            labels[int(path.name.removeprefix("gpiochip"))] = label.rstrip(b"\0").decode(errors="replace")
+    return labels
+
+
+def choose_chip(labels: Mapping[int, str], lines: Mapping[str, int]) -> tuple[int, int]:
+    """Chip number and line of the first wanted label that is there.
+
+    Raises:
+        PirFault: none is.
+    """
+    for wanted, line in lines.items():
+        for chip, label in sorted(labels.items()):
+            if label == wanted:
+                return chip, line
+    raise PirFault(
+        f"no GPIO chip labelled {' or '.join(lines)}; this board has {', '.join(sorted(labels.values())) or 'none'}"
+        " that the agent may open (is its user in the group gpio?)",
+    )
+
+
+class LgpioPins:
+    """The board's own GPIO through lgpio, the one back end that works on every Pi.
+
+    lgpio makes a notification pipe in the directory that the environment's `LG_WD` names, else in the current one; the
+    program's start sets it (`firmware_agent.__main__`).
+    """
+
+    def __init__(self, lines: Mapping[str, int]) -> None:
+        self._lines = lines
+
+    @contextmanager
+    def pir(self) -> Iterator[Pir]:
+        """The sensor on the chip that has the right label."""
+        chip, line = choose_chip(chip_labels(), self._lines)
+        try:
+            from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415 - exists on the device alone
+
+            factory = LGPIOFactory(chip=chip)
+        except (ImportError, OSError) as error:
+            raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
+        except Exception as error:  # noqa: BLE001 - lgpio raises its own bare `error` class
+            raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
+        try:
+            with _open(factory, line) as pir:
+                yield pir
+        finally:
+            factory.close()

@@ -1,0 +1,266 @@
+"""What the image fixes for all of its units: /etc/picket/agent.toml, parsed once into frozen values.
+
+Unknown keys and wrong types are refused by name: a misspelt setting that is silently ignored would be found in the
+field. A file holds any part of this; what it leaves out has the value shown here, except for `[image]`:
+
+    [image]                 # required
+    name = "picket"
+    version = "0.1.0"
+    [key]
+    store = "probe-once"    # "file", "tpm", or "probe-once": look for a TPM once, record it, and stay with it
+    [tpm]
+    module = "/usr/lib/aarch64-linux-gnu/libtpm2_pkcs11.so.1"
+    tcti = "device:/dev/tpmrm0"     # how to reach the TPM; "" says that this board has no place for one
+    token = "picket"
+    key = "device-1"
+    [pir]
+    warm_up_seconds = 60
+    [pir.lines]             # GPIO chip label = line; the first chip that this board has is used
+    "pinctrl-bcm2711" = 17
+    [mqtt]
+    keep_alive_seconds = 45
+    heartbeat_seconds = 300
+    [paths]
+    state = "/var/lib/picket"
+    run = "/run/picket"
+    host_key = "/etc/ssh/ssh_host_ed25519_key.pub"
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from firmware_agent.errors import SettingsFault
+
+DEFAULT_PATH: Final = Path("/etc/picket/agent.toml")
+
+KEY_STORES: Final = ("file", "tpm", "probe-once")
+
+#: The PIR sits on BCM 17 (pin 11 of the header) of every Pi; the virtual Pi has it on the PL061 of QEMU's `virt`.
+PIR_LINES: Final = MappingProxyType(
+    {"pinctrl-bcm2835": 17, "pinctrl-bcm2711": 17, "pinctrl-rp1": 17, "9030000.pl061": 5},
+)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a string")
+    return value
+
+
+def _path(value: object) -> Path:
+    path = Path(_text(value))
+    if not path.is_absolute():
+        raise TypeError("an absolute path")
+    return path
+
+
+def _number(low: float, high: float) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise TypeError(f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise TypeError(f"a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _store(value: object) -> str:
+    if value not in KEY_STORES:
+        raise TypeError("one of " + ", ".join(KEY_STORES))
+    return _text(value)
+
+
+def _lines(value: object) -> Mapping[str, int]:
+    if not isinstance(value, dict) or not value:
+        raise TypeError("a table of GPIO chip labels and lines")
+    parse = _integer(0, 511)
+    return MappingProxyType({label: parse(line) for label, line in value.items()})
+
+
+@dataclass(frozen=True)
+class Image:
+    """Which image this is."""
+
+    name: str = field(metadata={"parse": _text})
+    version: str = field(metadata={"parse": _text})
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where the device key lives."""
+
+    store: str = field(default="probe-once", metadata={"parse": _store})
+
+
+@dataclass(frozen=True)
+class Tpm:
+    """How the TPM is reached, and the names of token and key in it."""
+
+    module: Path = field(default=Path("/usr/lib/aarch64-linux-gnu/libtpm2_pkcs11.so.1"), metadata={"parse": _path})
+    tcti: str = field(default="device:/dev/tpmrm0", metadata={"parse": _text})
+    token: str = field(default="picket", metadata={"parse": _text})
+    key: str = field(default="device-1", metadata={"parse": _text})
+
+
+@dataclass(frozen=True)
+class Pir:
+    """The motion sensor's line, by the label of the GPIO chip, and how long it lies after power-up.
+
+    An HC-SR501 may go high up to three times in its first minute, so product mode is deaf for that long after the
+    board's power came (not after a restart of the agent).
+    """
+
+    lines: Mapping[str, int] = field(default_factory=lambda: PIR_LINES, metadata={"parse": _lines})
+    warm_up_seconds: float = field(default=60.0, metadata={"parse": _number(0, 600)})
+
+
+@dataclass(frozen=True)
+class Mqtt:
+    """The connection's rhythm.
+
+    The SDK wants a keep-alive longer than its ping timeout of 30 s; AWS IoT takes at most 1200 s.
+    """
+
+    keep_alive_seconds: int = field(default=45, metadata={"parse": _integer(32, 1200)})
+    heartbeat_seconds: float = field(default=300.0, metadata={"parse": _number(0.05, 86400)})
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things lie: what survives (`state`), what a boot forgets (`run`)."""
+
+    state: Path = field(default=Path("/var/lib/picket"), metadata={"parse": _path})
+    run: Path = field(default=Path("/run/picket"), metadata={"parse": _path})
+    host_key: Path = field(default=Path("/etc/ssh/ssh_host_ed25519_key.pub"), metadata={"parse": _path})
+
+    @property
+    def answered(self) -> Path:
+        """Exists once the station has opened a session in this boot; the banner stops."""
+        return self.run / "answered"
+
+    @property
+    def sealed(self) -> Path:
+        """Exists once the unit has left factory mode."""
+        return self.state / "sealed"
+
+    @property
+    def connected(self) -> Path:
+        """Holds the digest of the certificate that last held a connection."""
+        return self.state / "connected"
+
+    @property
+    def seal_request(self) -> Path:
+        """Written by `seal`; a root service on the unit does the rest."""
+        return self.state / "seal-request"
+
+    @property
+    def key_store(self) -> Path:
+        """What `probe-once` found, for ever."""
+        return self.state / "key-store"
+
+    @property
+    def key_file(self) -> Path:
+        """The private key of the store `file`."""
+        return self.state / "key.pem"
+
+    @property
+    def tpm_pin(self) -> Path:
+        """The PINs of our token."""
+        return self.state / "tpm-pin.json"
+
+    @property
+    def tpm_store(self) -> Path:
+        """libtpm2_pkcs11's own database: the wrapped key blobs."""
+        return self.state / "tpm2_pkcs11"
+
+    @property
+    def identity(self) -> Path:
+        """A symlink to the certificates in force."""
+        return self.state / "identity"
+
+    @property
+    def spool(self) -> Path:
+        """Alarms on their way to the cloud."""
+        return self.state / "spool.db"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the image says to the agent."""
+
+    image: Image
+    key: Key = field(default_factory=Key)
+    tpm: Tpm = field(default_factory=Tpm)
+    pir: Pir = field(default_factory=Pir)
+    mqtt: Mqtt = field(default_factory=Mqtt)
+    paths: Paths = field(default_factory=Paths)
+
+
+_SECTIONS: Final[Mapping[str, type]] = MappingProxyType(
+    {"image": Image, "key": Key, "tpm": Tpm, "pir": Pir, "mqtt": Mqtt, "paths": Paths},
+)
+
+
+def _section(name: str, kind: type, table: object) -> Any:
+    if not isinstance(table, dict):
+        raise SettingsFault(f"[{name}] must be a table")
+    known = {member.name: member for member in fields(kind)}
+    for key in table:
+        if key not in known:
+            raise SettingsFault(f"unknown setting {name}.{key}; known are {', '.join(sorted(known))}")
+    values = {}
+    for key, value in table.items():
+        try:
+            values[key] = known[key].metadata["parse"](value)
+        except TypeError as error:
+            raise SettingsFault(f"{name}.{key} must be {error}, not {value!r}") from None
+    try:
+        return kind(**values)
+    except TypeError:
+        raise SettingsFault(f"[{name}] needs {', '.join(sorted(set(known) - set(values)))}") from None
+
+
+def parse(text: str) -> Settings:
+    """The settings in TOML text.
+
+    Raises:
+        SettingsFault: it is no TOML, or a key is unknown, missing or of the wrong type; the message names it.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsFault(f"the settings are no TOML: {error}") from error
+    for name in document:
+        if name not in _SECTIONS:
+            raise SettingsFault(f"unknown section [{name}]; known are {', '.join(_SECTIONS)}")
+    document.setdefault("image", {})
+    return Settings(**{name: _section(name, _SECTIONS[name], table) for name, table in document.items()})
+
+
+def load(path: Path = DEFAULT_PATH) -> Settings:
+    """The settings in the file `path`.
+
+    Raises:
+        SettingsFault: the file is missing, unreadable or wrong.
+    """
+    try:
+        return parse(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsFault(f"cannot read the settings {path}: {error}; the image must bring this file") from error
+    except SettingsFault as error:
+        raise SettingsFault(f"{path}: {error}") from error
