@@ -57,27 +57,22 @@ class BenchFile:
     board: BoardSettings
 
 
-Opener = Callable[[BoardSettings, Path], AbstractContextManager[Bench]]
+Opener = Callable[[Path, Path, dict[str, Any]], AbstractContextManager[Bench]]
 
-
-def _simulated(board: BoardSettings, key: Path) -> AbstractContextManager[Bench]:
-    return simulated.open_bench(Path(board.place), key, board.options)
-
-
-def _virtual(board: BoardSettings, key: Path) -> AbstractContextManager[Bench]:
-    return virtual.open_bench(Path(board.place), key, board.options)
-
-
-def _rpi(board: BoardSettings, key: Path) -> AbstractContextManager[Bench]:
-    return rpi.open_bench(key, board.options)
-
-
-BOARDS: dict[str, Opener] = {"simulated": _simulated, "virtual": _virtual, "rpi": _rpi}
+#: What a board's URI scheme means. An opener takes the place behind the scheme, the factory key and the options.
+BOARDS: dict[str, Opener] = {
+    "simulated": simulated.open_bench,
+    "virtual": virtual.open_bench,
+    "rpi": lambda _place, key, options: rpi.open_bench(key, options),
+}
 
 
 @contextmanager
-def open_bench(file: BenchFile) -> Iterator[Bench]:
+def open_bench(file: BenchFile, serial: str) -> Iterator[Bench]:
     """The bench that a file describes, ours alone until the context ends.
+
+    `{serial}` in the board's place stands for the unit's: a simulated or virtual slot gets a board of its own for each
+    unit, and finds it again when the unit comes back.
 
     Raises:
         UserMistake: its board's options are wrong, or another command uses it.
@@ -85,7 +80,9 @@ def open_bench(file: BenchFile) -> Iterator[Bench]:
     """
     with (
         _only_one(Path("build") / "locks" / f"{file.name}.lock", file.name),
-        BOARDS[file.board.scheme](file.board, file.factory_key) as bench,
+        BOARDS[file.board.scheme](
+            Path(file.board.place.replace("{serial}", serial)), file.factory_key, file.board.options
+        ) as bench,
     ):
         yield bench
 

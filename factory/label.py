@@ -50,9 +50,10 @@ def draw(unit: Unit, product: str) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     left = matrix.width + 2 * margin
     room = picture.width - left - round(2 * _MM)
-    pen.text((left, margin), product, fill=0, font=ImageFont.load_default(34))
+    batch = f"batch {unit.batch}"
+    pen.text((left, margin), product, fill=0, font=_fitting(product, room, 34))
     pen.text((left, margin + round(6 * _MM)), unit.serial, fill=0, font=_fitting(unit.serial, room, 56))
-    pen.text((left, margin + round(14 * _MM)), f"batch {unit.batch}", fill=0, font=_fitting(unit.batch, room, 30))
+    pen.text((left, margin + round(14 * _MM)), batch, fill=0, font=_fitting(batch, room, 30))
     return picture
 
 

@@ -1,0 +1,113 @@
+"""Faults that a simulated board can have, by name, and the unit that lies on the wire.
+
+Each is one that a real line meets. The tests and the demo inject them through the bench file
+(`faults = ["flipped-bit"]`), to see that the line stops in the step where it should.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+
+from factory.drivers.pir import PirFault
+from firmware_agent.settings import Settings
+from firmware_agent.wire import Result, Stream, decode_reply, decode_request, encode_reply
+
+SMALL_MEDIUM = "small-medium"  # smaller than the image
+FLIPPED_BIT = "flipped-bit"  # one bit of the medium changes after the write
+NO_BANNER = "no-banner"  # the unit boots, but its console is dead
+WRONG_HOST_KEY = "wrong-host-key"  # SSH shows another host key than the console
+HOT = "hot"  # the SoC is at 97 degrees
+WRONG_KEY = "wrong-key"  # another key is installed after enrolment
+CSR_UNSIGNED = "csr-unsigned"  # the CSR is not signed by its own key
+CSR_RSA = "csr-rsa-1024"  # the CSR holds an RSA-1024 key
+CSR_OTHER = "csr-other-subject"  # the CSR speaks for another unit
+
+KNOWN = frozenset(
+    {SMALL_MEDIUM, FLIPPED_BIT, NO_BANNER, WRONG_HOST_KEY, HOT, WRONG_KEY, CSR_UNSIGNED, CSR_RSA, CSR_OTHER, *PirFault}
+)
+
+
+def tampered(stream: Stream, faults: frozenset[str], settings: Settings) -> Stream:
+    """The unit's end of the wire, with the answers that its faults make of the agent's."""
+    changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        CSR_UNSIGNED: _unsigned,
+        CSR_RSA: _rsa,
+        CSR_OTHER: _other_subject,
+    }
+    chosen = [change for name, change in changes.items() if name in faults]
+    if WRONG_KEY in faults:
+        chosen.append(lambda result: _other_key(result, settings))
+    return _Tampered(stream, chosen) if chosen else stream
+
+
+class _Tampered:
+    """Changes the answers to `enrol` on their way out."""
+
+    def __init__(self, stream: Stream, changes: list[Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+        self._stream = stream
+        self._changes = changes
+        self._verb = ""
+
+    def readline(self, limit: int = -1, /) -> bytes:
+        line = self._stream.readline(limit)
+        if line:
+            self._verb = decode_request(line).verb
+        return line
+
+    def write(self, data: bytes, /) -> None:
+        reply = decode_reply(data)
+        if self._verb == "enrol" and isinstance(reply, Result):
+            result = reply.result
+            for change in self._changes:
+                result = change(result)
+            data = encode_reply(Result(reply.id, result))
+        self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _subject(result: dict[str, Any]) -> x509.Name:
+    return x509.load_pem_x509_csr(result["csr"].encode()).subject
+
+
+def _unsigned(result: dict[str, Any]) -> dict[str, Any]:
+    request = x509.load_pem_x509_csr(result["csr"].encode())
+    der = bytearray(request.public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    broken = x509.load_der_x509_csr(bytes(der))
+    return result | {"csr": broken.public_bytes(serialization.Encoding.PEM).decode()}
+
+
+def _rsa(result: dict[str, Any]) -> dict[str, Any]:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505  (weak on purpose)
+    return result | {"csr": _csr(_subject(result), key)}
+
+
+def _other_subject(result: dict[str, Any]) -> dict[str, Any]:
+    name = x509.Name(
+        [
+            x509.NameAttribute(one.oid, "PK-999999") if one.oid == NameOID.COMMON_NAME else one
+            for one in _subject(result)
+        ]
+    )
+    return result | {"csr": _csr(name, ec.generate_private_key(ec.SECP256R1()))}
+
+
+def _other_key(result: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    settings.paths.key_file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return result
+
+
+def _csr(name: x509.Name, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> str:
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
