@@ -2,27 +2,38 @@
 
 Exit codes:
     0   done (provision: the station closed its session; run: stopped by systemd)
-    1   a fault of the unit; the message says which (run: it halts here when its TPM is gone, see `Restart` of its unit)
+    1   a fault of the unit; the message says which
     2   wrong arguments
     3   a mistake in this program: a traceback precedes it
+    4   run: halted, because the device key is gone (no TPM where one is configured, a key that cannot be used);
+        starting again would not help, so the unit file says RestartPreventExitStatus=4 78
     78  the settings cannot be used (EX_CONFIG of sysexits.h)
 """
 
 import argparse
+import contextlib
+import logging
 import os
+import queue
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from firmware_agent import __version__
 from firmware_agent.board import RaspberryPi
-from firmware_agent.errors import AgentFault, SettingsFault
+from firmware_agent.errors import AgentFault, KeyFault, NoTpm, SettingsFault
 from firmware_agent.settings import DEFAULT_PATH, Settings, load
+
+if TYPE_CHECKING:
+    from firmware_agent.product import Product
 
 EXIT_FAULT = 1
 EXIT_BUG = 3
+EXIT_HALTED = 4
 EXIT_SETTINGS = 78
 
 EXAMPLES = """\
@@ -93,16 +104,36 @@ def _run(settings: Settings) -> None:
     from firmware_agent.systemd import Systemd  # noqa: PLC0415
 
     _prepare(settings)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")  # the journal adds the time
     systemd = Systemd.from_environment(os.environ)
     product = Product(settings, RaspberryPi(), LgpioPins(settings.pir.lines), notify=systemd)
+    # A SimpleQueue, because it may be filled from a signal handler; an Event may not (its lock is not re-entrant).
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: product.stop())
+        signal.signal(number, lambda _number, _frame: ended.put(None))
     try:
         product.start()
-        product.join()
     except AgentFault as fault:
         systemd.status(f"halted: {fault}")
         raise
+    waiter = threading.Thread(target=_end_with, args=(product, ended), daemon=True)
+    waiter.start()
+    ended.get()
+    product.stop()
+    waiter.join()
+    if product.failure is not None:
+        raise product.failure
+
+
+def _end_with(product: "Product", ended: "queue.SimpleQueue[None]") -> None:
+    """Tell when the product has ended by itself."""
+    with contextlib.suppress(BaseException):  # the main thread asks for `product.failure`
+        product.join()
+    ended.put(None)
+
+
+def _complain(message: str) -> None:
+    print(f"picket-agent: {message}", file=sys.stderr)  # noqa: T201 - the journal reads standard error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,20 +143,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)  # noqa: T201 - its whole purpose
         return 0
     verb = {"provision": _provision, "banner": _banner, "run": _run}[options.verb]
+    code = 0
     try:
         verb(load(options.settings))
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
     except SettingsFault as fault:
-        print(f"picket-agent: {fault}", file=sys.stderr)  # noqa: T201 - the journal reads standard error
-        return EXIT_SETTINGS
+        _complain(str(fault))
+        code = EXIT_SETTINGS
+    except (NoTpm, KeyFault) as fault:
+        _complain(f"halted: {fault.code}: {fault}")
+        code = EXIT_HALTED
     except AgentFault as fault:
-        print(f"picket-agent: {fault.code}: {fault}", file=sys.stderr)  # noqa: T201
-        return EXIT_FAULT
+        _complain(f"{fault.code}: {fault}")
+        code = EXIT_FAULT
     except Exception:  # noqa: BLE001 - the last stop
         traceback.print_exc()
-        return EXIT_BUG
-    return 0
+        code = EXIT_BUG
+    return code
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class LgpioPins:
             factory = LGPIOFactory(chip=chip)
         except (ImportError, OSError) as error:
             raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
-        except Exception as error:  # noqa: BLE001 - lgpio raises its own bare `error` class
+        except Exception as error:
             raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
         try:
             with _open(factory, line) as pir:

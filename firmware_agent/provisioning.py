@@ -269,6 +269,9 @@ class Provisioning:
                 line = stream.readline(MAX_LINE + 1)
                 if not line:
                     return
+                if len(line) > MAX_LINE:
+                    _skip_line(line, stream)
+                    line = b"too long\n"  # no request: answered as such below
                 if not self._answer(line, stream):
                     return
         except (LinkLostError, BrokenPipeError, ConnectionError):
@@ -467,6 +470,14 @@ class Provisioning:
         files.write_atomic(self._paths.seal_request, b"")
         if self._on_seal is not None:
             self._on_seal()
+
+
+def _skip_line(line: bytes, stream: Stream) -> None:
+    """Read on to the end of a line that is longer than the wire allows."""
+    while not line.endswith(b"\n"):
+        line = stream.readline(MAX_LINE + 1)
+        if not line:
+            raise LinkLostError("the link broke off inside a line")
 
 
 def _endorsement(tcti: str) -> str | None:

@@ -1,8 +1,9 @@
 """Where the device key lives, and what can be done with it there.
 
 One file per place: `file_key` keeps it in a file that the agent alone may read, `tpm_key` in the TPM. Which one a unit
-uses is fixed by its image or, with `probe-once`, by what the unit found when it was first asked: that finding is written
-down before a key exists and never changes, so a TPM that breaks later stops the unit instead of making a weaker key.
+uses is fixed by its image or, with `probe-once`, by what the unit found when it was first asked: that finding is
+written down before a key exists and never changes, so a TPM that breaks later stops the unit instead of making a weaker
+key.
 """
 
 from typing import Any, Literal, Protocol

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
@@ -59,7 +60,7 @@ class TpmPrivateKey(ec.EllipticCurvePrivateKey):
         if not isinstance(signature_algorithm, ec.ECDSA) or not isinstance(
             signature_algorithm.algorithm, hashes.SHA256
         ):
-            raise ValueError("this key signs by ECDSA with SHA-256 only")
+            raise UnsupportedAlgorithm("this key signs by ECDSA with SHA-256 only")
         return self._key.sign(bytes(data))
 
     def public_key(self) -> ec.EllipticCurvePublicKey:
