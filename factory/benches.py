@@ -109,7 +109,9 @@ def load_bench_file(path: Path) -> BenchFile:
     try:
         top = _Table(path, "", tomllib.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise UserMistake(f"there is no bench file {path}", advice="`ls benches` shows those that are there.") from error
+        raise UserMistake(
+            f"there is no bench file {path}", advice="`ls benches` shows those that are there."
+        ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserMistake(f"the bench file {path} cannot be read: {error}") from error
     authority, cloud, board = top.table("authority"), top.table("cloud"), top.table("board")

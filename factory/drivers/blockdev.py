@@ -16,7 +16,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,11 @@ _SPOT = 2**20
 
 #: How long a card may take from the operator's hand until it can be opened: readers are slow, udev looks first.
 APPEAR_SECONDS = 15.0
+
+#: os.preadv or os.pwritev
+_Move = Callable[[int, list[memoryview], int], int]
+
+_ZEROS = bytes(CHUNK)
 
 _SYSTEM_PLACES = frozenset({"/", "/boot", "/boot/firmware", "/boot/efi", "/efi", "/usr", "/var", "/home"})
 _SWAP = "swap"
@@ -285,7 +290,8 @@ class BlockStorage:
             )
         if disk.is_read_only:
             raise UserMistake(
-                f"{self.path} is read-only", advice="Slide the lock on the card's or the adapter's edge; put it in again."
+                f"{self.path} is read-only",
+                advice="Slide the lock on the card's or the adapter's edge; put it in again.",
             )
 
     def _open(self, disk: _Disk) -> int:
@@ -367,20 +373,17 @@ class BlockMedium:
         view = memoryview(data)
         if offset < 0 or offset + len(view) > self.size:
             raise StationFault(f"{self.name}: a write past its end at byte {offset:,}")
-        with _Aligned(min(CHUNK, len(view) + 2 * self._sector)) as buffer:
-            while view:
-                start = offset - offset % self._sector
-                before = offset - start
-                taken = min(len(view), len(buffer) - before)
-                span = self._rounded_up(before + taken)
-                if span > len(buffer):  # only a tail that is no whole sector can do this
-                    taken -= before + taken - len(buffer)
-                    span = len(buffer)
-                if span != taken:
-                    buffer[:span] = self.read(start, span)
-                buffer[before : before + taken] = view[:taken]
-                self._transfer(os.pwritev, buffer[:span], start, "written")
-                offset, view = offset + taken, view[taken:]
+        buffer = _aligned(min(CHUNK, len(view) + 2 * self._sector))
+        while view:
+            start = offset - offset % self._sector
+            before = offset - start
+            taken = min(len(view), len(buffer) - before)
+            span = self._rounded_up(before + taken)
+            if span != taken:
+                buffer[:span] = self.read(start, span)
+            buffer[before : before + taken] = view[:taken]
+            self._transfer(os.pwritev, buffer[:span], start, "written")
+            offset, view = offset + taken, view[taken:]
 
     def flush(self) -> None:
         """Have the device empty its own write cache. There is no cache of ours to forget: see `read`.
@@ -404,24 +407,21 @@ class BlockMedium:
         span = self._rounded_up(offset + length - start)
         if not span:
             return b""
-        with _Aligned(span) as buffer:
-            self._transfer(os.preadv, buffer[:span], start, "read")
-            return bytes(buffer[offset - start : offset - start + length])
+        buffer = _aligned(span)
+        self._transfer(os.preadv, buffer[:span], start, "read")
+        return bytes(buffer[offset - start : offset - start + length])
 
     def _rounded_up(self, length: int) -> int:
         return -(-length // self._sector) * self._sector
 
-    def _transfer(self, move: "_Move", buffer: memoryview, offset: int, verb: str) -> None:
+    def _transfer(self, move: _Move, buffer: memoryview, offset: int, verb: str) -> None:
         """Move all of an aligned buffer; the kernel may do it in parts, each of whole sectors."""
         done = 0
         while done < len(buffer):
-            part = buffer[done : done + CHUNK]
             try:
-                moved = move(self._descriptor, [part], offset + done)
+                moved = move(self._descriptor, [buffer[done:]], offset + done)
             except OSError as error:
                 self._fail(error, f"byte {offset + done:,} cannot be {verb}")
-            finally:
-                part.release()
             if not moved:
                 self._fail(OSError(errno.EIO, "it ends early"), f"byte {offset + done:,} cannot be {verb}")
             done += moved
@@ -473,26 +473,6 @@ class BlockMedium:
         raise fault from error
 
 
-class _Move:
-    """The common shape of os.preadv and os.pwritev."""
-
-    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int, /) -> int:
-        raise NotImplementedError
-
-
-_ZEROS = bytes(CHUNK)
-
-
-class _Aligned:
-    """Memory that O_DIRECT takes: whole pages, from mmap."""
-
-    def __init__(self, length: int) -> None:
-        self._pages = mmap.mmap(-1, -(-max(1, length) // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self._view = memoryview(self._pages)
-
-    def __enter__(self) -> memoryview:
-        return self._view
-
-    def __exit__(self, *exception: object) -> None:
-        self._view.release()
-        self._pages.close()
+def _aligned(length: int) -> memoryview:
+    """Memory that O_DIRECT takes: whole pages. A page is a multiple of every sector size."""
+    return memoryview(mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE))

@@ -101,9 +101,7 @@ def _other_subject(result: dict[str, Any]) -> dict[str, Any]:
 def _other_key(result: dict[str, Any], settings: Settings) -> dict[str, Any]:
     key = ec.generate_private_key(ec.SECP256R1())
     settings.paths.key_file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return result
 
