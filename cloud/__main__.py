@@ -1,0 +1,5 @@
+"""`python -m cloud`: see `cli`."""
+
+from cloud.cli import main
+
+main()

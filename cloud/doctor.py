@@ -1,0 +1,379 @@
+"""Prove by real connections what the cloud lets in and what it keeps out.
+
+The doctor makes a signing CA of its own, registers it, lets a throw-away unit join by it, then tries what must not work:
+no certificate, a foreign CA, another unit's client id, a foreign topic, a certificate that was switched off. Everything
+it made is removed in the end. A refusal counts only beside the good unit's acceptance, or a dead server would pass.
+"""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import botocore.exceptions
+from awscrt import io as crt_io
+from awscrt import mqtt5
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cloud.errors import CloudError
+from cloud.registry import Endpoint, Registry, certificate_id
+from cloud.target import Target, translated
+from firmware_agent.topics import data_topic
+
+CONNECT_SECONDS = 10.0
+JITP_SECONDS = 20.0
+
+#: A connection counts as held when it lasts this long and a message through it was acknowledged.
+HOLD_SECONDS = 0.3
+
+#: The kind of message that no rule listens to.
+KIND = "doctor"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing proved or disproved, in a sentence."""
+
+    name: str
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a unit connects with: its chain and its key, in PEM."""
+
+    certificate: str
+    chain: str
+    key: str
+
+    @property
+    def certificate_id(self) -> str:
+        """The certificate's id in the cloud."""
+        return certificate_id(self.certificate)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a connection went: whether the broker accepted it, and the client's own words if not."""
+
+    accepted: bool
+    detail: str
+
+
+class ThrowAwayAuthority:
+    """A signing CA that lives as long as the check: P-256, a day, never written to disk."""
+
+    def __init__(self, name: str) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self._certificate = (
+            self._builder(self._name, self._key.public_key())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(
+                x509.KeyUsage(
+                    digital_signature=True,
+                    content_commitment=False,
+                    key_encipherment=False,
+                    data_encipherment=False,
+                    key_agreement=False,
+                    key_cert_sign=True,
+                    crl_sign=True,
+                    encipher_only=False,
+                    decipher_only=False,
+                ),
+                critical=True,
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+
+    @property
+    def pem(self) -> str:
+        """The CA's certificate."""
+        return self._certificate.public_bytes(Encoding.PEM).decode()
+
+    def verification(self, code: str) -> str:
+        """The certificate that proves to the cloud that this CA's key is at hand."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, code)])
+        signed = self._builder(subject, key.public_key()).sign(self._key, hashes.SHA256())
+        return signed.public_bytes(Encoding.PEM).decode()
+
+    def leaf(self, serial: str, *, board: str | None = "00000000deadbeef", batch: str | None = "DOCTOR") -> Credentials:
+        """A unit's key and certificate with the subject that the line gives; None leaves an attribute out."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        attributes = [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Picket"),
+            x509.NameAttribute(NameOID.COMMON_NAME, serial),
+        ]
+        if board is not None:
+            attributes.append(x509.NameAttribute(NameOID.SERIAL_NUMBER, board))
+        if batch is not None:
+            attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, batch))
+        signed = (
+            self._builder(x509.Name(attributes), key.public_key())
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        pem = signed.public_bytes(Encoding.PEM).decode()
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        return Credentials(pem, pem + self.pem, secret)
+
+    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(days=1))
+        )
+
+
+class Connection:
+    """One MQTT 5 connection; after the first success or failure its verdict stands."""
+
+    def __init__(self, endpoint: Endpoint, trust: str, client_id: str, credentials: Credentials | None) -> None:
+        self._settled = threading.Event()
+        self._lost = threading.Event()
+        self._stopped = threading.Event()
+        self._verdict = Attempt(accepted=False, detail=f"no answer in {CONNECT_SECONDS:.0f} s")
+        if credentials is None:
+            options = crt_io.TlsContextOptions()
+        else:
+            options = crt_io.TlsContextOptions.create_client_with_mtls(
+                credentials.chain.encode(), credentials.key.encode()
+            )
+        options.override_default_trust_store(trust.encode())
+        self._client = mqtt5.Client(
+            mqtt5.ClientOptions(
+                host_name=endpoint.host,
+                port=endpoint.port,
+                tls_ctx=crt_io.ClientTlsContext(options),
+                connect_options=mqtt5.ConnectPacket(client_id=client_id, keep_alive_interval_sec=30),
+                ack_timeout_sec=5,
+                connack_timeout_ms=int(CONNECT_SECONDS * 1000),
+                min_reconnect_delay_ms=60_000,
+                max_reconnect_delay_ms=60_000,
+                on_lifecycle_event_connection_success_fn=self._on_success,
+                on_lifecycle_event_connection_failure_fn=self._on_failure,
+                on_lifecycle_event_disconnection_fn=self._on_lost,
+                on_lifecycle_event_stopped_fn=self._on_stopped,
+            )
+        )
+
+    def _on_success(self, _: mqtt5.LifecycleConnectSuccessData) -> None:
+        self._settle(Attempt(accepted=True, detail="accepted"))
+
+    def _on_failure(self, data: mqtt5.LifecycleConnectFailureData) -> None:
+        self._settle(Attempt(accepted=False, detail=str(data.exception)))
+
+    def _on_lost(self, _: mqtt5.LifecycleDisconnectData) -> None:
+        self._lost.set()
+
+    def _on_stopped(self, _: mqtt5.LifecycleStoppedData) -> None:
+        self._stopped.set()
+
+    def _settle(self, verdict: Attempt) -> None:
+        if not self._settled.is_set():
+            self._verdict = verdict
+            self._settled.set()
+
+    def open(self) -> Attempt:
+        """Connect, and say how it went."""
+        self._client.start()
+        self._settled.wait(CONNECT_SECONDS)
+        return self._verdict
+
+    def publish(self, topic: str, payload: str = "{}") -> bool:
+        """Whether the broker acknowledged the message and kept the connection."""
+        future = self._client.publish(
+            mqtt5.PublishPacket(topic=topic, payload=payload.encode(), qos=mqtt5.QoS.AT_LEAST_ONCE)
+        )
+        return self._granted(
+            lambda: future.result(CONNECT_SECONDS).puback.reason_code == mqtt5.PubackReasonCode.SUCCESS
+        )
+
+    def subscribe(self, topic_filter: str) -> bool:
+        """Whether the broker granted the subscription and kept the connection."""
+        future = self._client.subscribe(
+            mqtt5.SubscribePacket([mqtt5.Subscription(topic_filter, qos=mqtt5.QoS.AT_LEAST_ONCE)])
+        )
+        return self._granted(lambda: all(code < 0x80 for code in future.result(CONNECT_SECONDS).reason_codes))
+
+    def _granted(self, answer: Callable[[], bool]) -> bool:
+        try:
+            granted = answer()
+        except Exception:  # noqa: BLE001 - awscrt raises a bare Exception for a lost link, a timeout and a refusal
+            return False
+        return granted and not self.lost(HOLD_SECONDS)
+
+    def lost(self, seconds: float) -> bool:
+        """Whether the broker hangs up within that time."""
+        return self._lost.wait(seconds)
+
+    def close(self) -> None:
+        """Disconnect and wait until the client is quiet."""
+        self._client.stop()
+        self._stopped.wait(CONNECT_SECONDS)
+
+
+@contextlib.contextmanager
+def connection(
+    endpoint: Endpoint, trust: str, client_id: str, credentials: Credentials | None
+) -> Iterator[tuple[Connection, Attempt]]:
+    """An attempt to connect, and the connection for as long as the block lasts."""
+    opened = Connection(endpoint, trust, client_id, credentials)
+    try:
+        yield opened, opened.open()
+    finally:
+        opened.close()
+
+
+def attempt(endpoint: Endpoint, trust: str, client_id: str, credentials: Credentials | None) -> Attempt:
+    """Connect, publish a message about oneself, see that both hold; then disconnect."""
+    with connection(endpoint, trust, client_id, credentials) as (opened, result):
+        if not result.accepted:
+            return result
+        if not opened.publish(data_topic(client_id, KIND)):
+            return Attempt(accepted=False, detail="accepted, then hung up on its first message")
+        return result
+
+
+def examine(target: Target, progress: Callable[[str], None] = lambda _: None) -> list[Check]:
+    """Run every check against the target's stack.
+
+    Raises:
+        CloudError: the cloud cannot be asked at all, or the stack is not there.
+    """
+    registry = Registry(target)
+    endpoint, trust = registry.endpoint(), registry.trust_bundle()
+    serial = f"DOCTOR-{secrets.token_hex(4).upper()}"
+    authority = ThrowAwayAuthority(f"Picket doctor {serial}")
+    leaf = authority.leaf(serial)
+    progress("registering a throw-away signing CA")
+    ca_id = registry.register_signing_ca(authority.pem, authority.verification)
+    try:
+        progress("letting a throw-away unit join")
+        good = _joins(registry, endpoint, trust, serial, leaf)
+        if not good.passed:
+            unjudged = "cannot be judged while a good unit is not let in"
+            return [good, *(Check(name, passed=False, sentence=unjudged) for name in _REFUSALS)]
+        progress("trying what must not work")
+        return [good, *(check(target, endpoint, trust, serial, leaf) for check in _REFUSALS.values())]
+    finally:
+        progress("removing what the doctor made")
+        _remove(target, ca_id, serial, leaf)
+
+
+def _joins(registry: Registry, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
+    name = "a good unit joins"
+    first = attempt(endpoint, trust, serial, leaf)
+    if first.accepted:
+        return Check(name, passed=False, sentence="its first connection was accepted: JITP hangs up the first one")
+    deadline = time.monotonic() + JITP_SECONDS
+    while (found := registry.certificate(leaf.certificate_id)) is None or found.status != "ACTIVE":
+        if time.monotonic() > deadline:
+            why = registry.diagnose(leaf.certificate) or f"its first connection ended with: {first.detail}"
+            state = found.status if found else "unknown to the cloud"
+            return Check(name, passed=False, sentence=f"its certificate is still {state}: {why}")
+        time.sleep(0.2)
+    thing = registry.thing(serial)
+    if thing is None or leaf.certificate_id not in thing.certificate_ids:
+        return Check(name, passed=False, sentence="its certificate is ACTIVE but there is no thing for it")
+    second = attempt(endpoint, trust, serial, leaf)
+    if not second.accepted:
+        return Check(name, passed=False, sentence=f"its certificate is ACTIVE, yet it is refused: {second.detail}")
+    return Check(name, passed=True, sentence="the first connection was hung up, the next one held")
+
+
+def _refused(name: str, result: Attempt, what: str) -> Check:
+    if result.accepted:
+        return Check(name, passed=False, sentence=f"{what} was let in")
+    return Check(name, passed=True, sentence=f"{what} was refused ({result.detail})")
+
+
+def _no_certificate(_: Target, endpoint: Endpoint, trust: str, serial: str, __: Credentials) -> Check:
+    return _refused("no client certificate", attempt(endpoint, trust, serial, None), "a client without a certificate")
+
+
+def _unknown_ca(_: Target, endpoint: Endpoint, trust: str, serial: str, __: Credentials) -> Check:
+    stranger = ThrowAwayAuthority("Picket doctor, nobody's CA").leaf(serial)
+    return _refused("unknown CA", attempt(endpoint, trust, serial, stranger), "a certificate of an unknown CA")
+
+
+def _wrong_client_id(_: Target, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
+    return _refused("wrong client id", attempt(endpoint, trust, serial + "-X", leaf), "a unit under another's name")
+
+
+def _foreign_topic(_: Target, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
+    name = "topic outside the policy"
+    attempts: tuple[tuple[str, Callable[[Connection], bool]], ...] = (
+        ("a message on another unit's topic", lambda link: link.publish(data_topic(serial + "-X", KIND))),
+        ("a subscription to other units' data", lambda link: link.subscribe("dt/picket/#")),
+    )
+    for what, act in attempts:
+        with connection(endpoint, trust, serial, leaf) as (link, result):
+            if not result.accepted:
+                return Check(name, passed=False, sentence=f"the good unit did not get in again: {result.detail}")
+            if act(link):
+                return Check(name, passed=False, sentence=f"{what} was accepted")
+    return Check(name, passed=True, sentence="messages and subscriptions about other units were refused")
+
+
+def _inactive(target: Target, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
+    with translated(target, "switching the doctor's certificate off"):
+        target.iot.update_certificate(certificateId=leaf.certificate_id, newStatus="INACTIVE")
+    return _refused("inactive certificate", attempt(endpoint, trust, serial, leaf), "a certificate switched off")
+
+
+#: In this order: the last one switches the good unit off.
+_REFUSALS: dict[str, Callable[[Target, Endpoint, str, str, Credentials], Check]] = {
+    "no client certificate": _no_certificate,
+    "unknown CA": _unknown_ca,
+    "wrong client id": _wrong_client_id,
+    "topic outside the policy": _foreign_topic,
+    "inactive certificate": _inactive,
+}
+
+
+def _remove(target: Target, ca_id: str, serial: str, leaf: Credentials) -> None:
+    """Take everything away again; AWS detaches in its own time, so deletions are tried for a while."""
+    iot = target.iot
+    with translated(target, "removing what the doctor made"), contextlib.suppress(CloudError):
+        iot.update_ca_certificate(certificateId=ca_id, newStatus="INACTIVE", newAutoRegistrationStatus="DISABLE")
+        with contextlib.suppress(iot.exceptions.ResourceNotFoundException):
+            description = iot.describe_certificate(certificateId=leaf.certificate_id)["certificateDescription"]
+            arn = description["certificateArn"]
+            iot.update_certificate(certificateId=leaf.certificate_id, newStatus="REVOKED")
+            for thing in iot.list_principal_things(principal=arn)["things"]:
+                iot.detach_thing_principal(thingName=thing, principal=arn)
+            for policy in iot.list_attached_policies(target=arn)["policies"]:
+                iot.detach_policy(policyName=policy["policyName"], target=arn)
+            _eventually(lambda: iot.delete_certificate(certificateId=leaf.certificate_id, forceDelete=True))
+        with contextlib.suppress(iot.exceptions.ResourceNotFoundException):
+            _eventually(lambda: iot.delete_thing(thingName=serial))
+        _eventually(lambda: iot.delete_ca_certificate(certificateId=ca_id))
+
+
+def _eventually(act: Callable[[], object], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            act()
+        except botocore.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] == "ResourceNotFoundException" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+        else:
+            return

@@ -1,0 +1,33 @@
+"""What can go wrong on the way to the cloud, by who must act.
+
+CloudError
+├── CloudUnreachable      nobody answers: network, local cloud down         -> start it or restore the network
+├── CloudMisconfigured    it answers and says no: credentials, stack, name  -> somebody changes a setting
+│   ├── DeployError       CloudFormation gave up on a resource
+│   └── StackMissingError      nothing is deployed there
+└── LocalCloudError       the local cloud cannot start or is not what we pinned
+"""
+
+
+class CloudError(Exception):
+    """Something between us and the cloud went wrong; the message says what to do next."""
+
+
+class CloudUnreachable(CloudError, ConnectionError):
+    """Nobody answers at the cloud's address."""
+
+
+class CloudMisconfigured(CloudError):
+    """The cloud answers and refuses; the message names the setting to change."""
+
+
+class StackMissingError(CloudMisconfigured):
+    """The stack is not deployed at this target."""
+
+
+class DeployError(CloudMisconfigured):
+    """CloudFormation refused the stack; the message carries the first resource's own reason."""
+
+
+class LocalCloudError(CloudError):
+    """The local cloud cannot start, or is not the one that was pinned."""

@@ -1,0 +1,1 @@
+"""What runs in Lambda. It ships alone, so it imports nothing of ours from outside."""

@@ -1,0 +1,1 @@
+"""The local cloud: ministack, pinned, in its own process, with our overlay; started and stopped by `launcher`."""

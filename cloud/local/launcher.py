@@ -1,0 +1,235 @@
+"""Start, find and stop the local cloud.
+
+One local cloud per state directory. Its process holds the lock `<state>/lock` for its whole life and writes its pid
+into it, so a lock that is free means that nothing runs, whatever a stale pid says, and a lock that is held means that the
+pid in it is the right one to stop.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cloud.errors import CloudUnreachable, LocalCloudError
+from cloud.local.endpoint import (
+    DEFAULT_MQTT_PORT,
+    DEFAULT_PORT,
+    DEFAULT_STATE,
+    LocalEndpoint,
+    Settings,
+    read_endpoint,
+    write_atomically,
+)
+
+START_SECONDS = 30.0
+STOP_SECONDS = 15.0
+
+#: How the process is started; tests put a weakened server here to prove that the doctor sees it.
+SERVER: Sequence[str] = ("-m", "cloud.local.server")
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Sms:
+    """A text message in the outbox. Nothing leaves the machine: this is where a phone would have buzzed."""
+
+    to: str
+    text: str
+    at: datetime
+    message_id: str
+
+
+def up(
+    state: Path = DEFAULT_STATE,
+    *,
+    port: int = DEFAULT_PORT,
+    mqtt_port: int = DEFAULT_MQTT_PORT,
+    jitp_delay: tuple[float, float] = (1.0, 3.0),
+    retry_seconds: float = 60.0,
+    server: Sequence[str] = SERVER,
+    follow: int | None = None,
+) -> LocalEndpoint:
+    """Start the local cloud of a state directory, or find it running; returns when it listens.
+
+    Args:
+        state: where its state is kept; made if absent.
+        port: the HTTP port for the AWS interfaces, 0 for any free one.
+        mqtt_port: the MQTT port for devices, 0 for any free one.
+        jitp_delay: seconds, shortest and longest, from JITP's hang-up until the certificate is ACTIVE.
+        retry_seconds: the wait before a failed function is called again; AWS's is a minute.
+        server: the Python arguments that start the process.
+        follow: read end of a pipe; when its other end closes, the local cloud stops.
+
+    Raises:
+        LocalCloudError: it did not start; the message carries the reason.
+    """
+    state = state.resolve()
+    running = find(state)
+    if running is not None:
+        return running
+    state.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(state / "tmp", ignore_errors=True)  # what a killed local cloud left behind
+    (state / "endpoint.json").unlink(missing_ok=True)
+    settings = Settings(
+        state=str(state),
+        port=port,
+        mqtt_port=mqtt_port,
+        jitp_delay=jitp_delay,
+        retry_seconds=retry_seconds,
+        follow=follow,
+    )
+    write_atomically(state / "settings.json", json.dumps(asdict(settings)))
+    with (state / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *server, str(state / "settings.json")],
+            cwd=_ROOT,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=() if follow is None else (follow,),
+        )
+    endpoint = _wait_until_ready(state, process)
+    process.returncode = 0  # it lives on without us: not a child that was forgotten
+    return endpoint
+
+
+def _environment() -> dict[str, str]:
+    """The user's AWS settings never reach the local cloud, nor its functions."""
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+
+
+def _wait_until_ready(state: Path, process: subprocess.Popen[bytes]) -> LocalEndpoint:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        code = process.poll()
+        if code is not None:
+            raise LocalCloudError(_reason(state, code))
+        endpoint = read_endpoint(state)
+        if endpoint is not None and endpoint.pid == process.pid:
+            return endpoint
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    raise LocalCloudError(f"the local cloud did not get ready in {START_SECONDS:.0f} s: see {state / 'log'}")
+
+
+def _reason(state: Path, code: int) -> str:
+    lines = (state / "log").read_text(errors="replace").splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return said[-1] if said else f"the local cloud ended with {code}: see {state / 'log'}"
+
+
+def find(state: Path = DEFAULT_STATE) -> LocalEndpoint | None:
+    """The local cloud that runs on this state directory and is ready, or None."""
+    return read_endpoint(state) if _owner(state) is not None else None
+
+
+def _owner(state: Path) -> int | None:
+    """The pid that holds the state directory's lock, or None when nobody does."""
+    try:
+        with (state / "lock").open("r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read() or 0) or None
+            return None
+    except FileNotFoundError:
+        return None
+
+
+def down(state: Path = DEFAULT_STATE) -> bool:
+    """Stop the local cloud of this state directory and wait until it is gone; its state stays.
+
+    Returns:
+        Whether one was running.
+
+    Raises:
+        LocalCloudError: it does not stop.
+    """
+    state = state.resolve()
+    pid = _owner(state)
+    if pid is None:
+        (state / "endpoint.json").unlink(missing_ok=True)
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while _owner(state) is not None:
+        if time.monotonic() > deadline:
+            raise LocalCloudError(f"the local cloud (pid {pid}) does not stop: see {state / 'log'}")
+        time.sleep(0.02)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)  # collect it where it was started by this very process
+    return True
+
+
+@contextlib.contextmanager
+def running(
+    state: Path,
+    *,
+    port: int = 0,
+    mqtt_port: int = 0,
+    jitp_delay: tuple[float, float] = (1.0, 3.0),
+    retry_seconds: float = 60.0,
+    server: Sequence[str] = SERVER,
+) -> Iterator[LocalEndpoint]:
+    """A local cloud for the length of a `with` block, on free ports; it also ends when this process is killed.
+
+    Raises:
+        LocalCloudError: it did not start, or another one already runs on this state directory.
+    """
+    if _owner(state.resolve()) is not None:
+        raise LocalCloudError(f"a local cloud already runs on {state}: stop it by `python -m cloud down`")
+    follow, ours = os.pipe()
+    try:
+        endpoint = up(
+            state,
+            port=port,
+            mqtt_port=mqtt_port,
+            jitp_delay=jitp_delay,
+            retry_seconds=retry_seconds,
+            server=server,
+            follow=follow,
+        )
+        try:
+            yield endpoint
+        finally:
+            down(state)
+    finally:
+        os.close(follow)
+        os.close(ours)
+
+
+def sms(endpoint: LocalEndpoint, since: datetime | None = None) -> list[Sms]:
+    """The text messages in the outbox, oldest first, from `since` (aware, inclusive) on.
+
+    Raises:
+        CloudUnreachable: the local cloud does not answer.
+    """
+    url = f"{endpoint.url}/_ministack/sns/sms-messages"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - a loopback address of our own
+            outbox = json.load(answer)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise CloudUnreachable(f"no local cloud at {endpoint.url}: start it by `python -m cloud up`") from error
+    found = [
+        Sms(number, entry["Message"], datetime.fromtimestamp(entry["PublishedAt"], UTC), entry["MessageId"])
+        for number, entries in outbox["sms_messages"].items()
+        for entry in entries
+    ]
+    return sorted((message for message in found if since is None or message.at >= since), key=lambda m: m.at)
