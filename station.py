@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The station's command line: the only file that reads its arguments and sets its exit codes.
 
-    0  the unit passed        1  the unit failed        2  a mistake in the command        3  the station is at fault
+Exit codes: 0 the unit passed, 1 the unit failed, 2 a mistake in the command, 3 the station is at fault.
 """
 
 from __future__ import annotations
@@ -9,40 +9,43 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
 import typer
+from image.manifest import ImageManifest, ManifestError
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 import cloud.errors
+from cloud import stack
 from cloud.local import launcher
+from cloud.local.endpoint import LocalEndpoint
 from cloud.registry import Registry
-from cloud.target import Target
+from cloud.target import local_target, open_target
 from factory import authority
 from factory.authority import CertificateAuthority
 from factory.bench import Bench, Image, Unit
 from factory.benches import BenchFile, load_bench_file, open_bench
-from factory.connect import wait_until
-from factory.errors import CloudFault, ExitCode, FactoryError, StationFault, UserMistake
+from factory.errors import CloudFault, ExitCode, FactoryError, StationFault, UnitFault, UserMistake
 from factory.files import write_whole
 from factory.limits import load_limits
 from factory.line import Made, Product, produce
-from factory.record import Journal, NoWatcher, Outcome, Records, RunFacts, Watcher, open_run, refuse_passed
+from factory.record import Journal, NoWatcher, Records, RunFacts, Watcher, open_run, refuse_passed
 from factory.screen import JsonLines, LiveTable, record_json, run_table
 from firmware_agent.topics import valid_serial
-from image.manifest import ImageManifest, ManifestError
+from image import factory_key, sample
 
 P = ParamSpec("P")
 
@@ -80,6 +83,10 @@ def command(function: Callable[P, ExitCode]) -> Callable[P, None]:
         except KeyboardInterrupt:
             complain("stopped by the operator", "Run the unit again: the line starts it over.")
             code = ExitCode.ABORTED
+        except Exception:  # noqa: BLE001  (a defect of ours must not pass for a bad unit)
+            err.print_exception()
+            complain("this is a defect of the station's program", "Report it with the text above.")
+            code = ExitCode.STATION_FAULT
         raise typer.Exit(code)
 
     return wrapped
@@ -105,8 +112,8 @@ def run(
     rework: Annotated[bool, typer.Option(help="Make a unit again that has already passed.")] = False,
 ) -> ExitCode:
     """Take one unit through the line."""
-    with Station.opened(bench) as station:
-        attempt = station.run(serial, rework=rework, as_json=as_json)
+    with Station.opened(bench, serial) as station:
+        attempt = station.run(rework=rework, as_json=as_json)
     return attempt.code
 
 
@@ -118,16 +125,15 @@ def record(
     as_json: JsonOption = False,
 ) -> ExitCode:
     """Show everything that happened to a unit."""
-    records = Records(load_bench_file(bench).records)
-    runs = records.runs(checked_serial(serial))
+    with closing(open_records(load_bench_file(bench))) as records:
+        runs, known = records.runs(checked_serial(serial)), records.serials()
     if not runs:
-        known = records.serials()
         raise UserMistake(
             f"no unit {serial} is on record",
             advice=f"The latest is {known[-1]}." if known else "No unit was ever made with these records.",
         )
     if as_json:
-        print(record_json(runs))
+        print(record_json(runs))  # noqa: T201  (plain, for scripts)
     else:
         for one in runs:
             out.print(run_table(one))
@@ -187,8 +193,7 @@ def read_passphrase(path: Path) -> bytes:
 
 def registry_of(file: BenchFile) -> Registry:
     """The cloud of a bench file."""
-    target = Target.aws() if file.cloud.target == "aws" else Target.local(file.cloud.state)
-    return Registry(target, endpoint=file.cloud.endpoint)
+    return Registry(open_target(file.cloud.target, file.cloud.state))
 
 
 # --- the station ----------------------------------------------------------------------------------------------------
@@ -207,6 +212,7 @@ class Station:
     """Everything that a run needs, opened and checked before a unit is touched."""
 
     file: BenchFile
+    unit: Unit
     bench: Bench
     product: Product
     image: Image
@@ -216,15 +222,15 @@ class Station:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path) -> Iterator[Station]:
-        """Open the station of a bench file, and fail at once for what would fail every unit.
+    def opened(cls, path: Path, serial: str) -> Iterator[Station]:
+        """Open the station of a bench file for one unit, and fail at once for what would fail every unit.
 
         Raises:
             UserMistake: the bench file or the passphrase is wrong.
             StationFault: image, signing CA, cloud or a driver is not ready.
         """
         file = load_bench_file(path)
-        product = Product(file.product, load_limits(), file.labels)
+        unit = Unit(checked_serial(serial), file.batch)
         image = load_image(file.image)
         signing = authority.load_signing(file.authority.directory, read_passphrase(file.authority.passphrase_file))
         registry = registry_of(file)
@@ -234,16 +240,18 @@ class Station:
                     "the signing CA is not registered with the cloud",
                     advice=f"./station.py cloud register --bench {path}",
                 )
-        if file.records.startswith("sqlite:///"):
-            Path(file.records.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        records = Records(file.records)
-        with open_bench(file) as bench:
-            yield cls(file, bench, product, image, signing, registry, records)
-        records.close()
+            endpoint = registry.guest_endpoint() if file.cloud.guest else registry.endpoint()
+        product = Product(file.product, load_limits(), file.labels, endpoint)
+        with closing(open_records(file)) as records, open_bench(file, unit.serial) as bench:
+            yield cls(file, unit, bench, product, image, signing, registry, records)
 
-    def run(self, serial: str, *, rework: bool, as_json: bool) -> Attempt:
-        """Take one unit through the line, shown as it happens."""
-        unit = Unit(checked_serial(serial), self.file.batch)
+    def run(self, *, rework: bool, as_json: bool) -> Attempt:
+        """Take the unit through the line, shown as it happens.
+
+        Raises:
+            UserMistake: it has passed already, and `rework` was not asked for.
+        """
+        unit = self.unit
         if not rework:
             refuse_passed(self.records, unit.serial)
         facts = RunFacts(
@@ -265,7 +273,8 @@ class Station:
                 code = error.exit_code
         last = self.records.runs(unit.serial)[-1]
         if as_json:
-            print(json.dumps({"serial": unit.serial, "outcome": last.outcome, "reason": last.reason, "run": last.id}))
+            ended = {"serial": unit.serial, "outcome": last.outcome, "reason": last.reason, "run": last.id}
+            print(json.dumps(ended))  # noqa: T201  (plain, for scripts)
         else:
             out.print(run_table(last))
         return Attempt(code, made)
@@ -289,6 +298,13 @@ def translated() -> Iterator[None]:
         yield
     except cloud.errors.CloudError as error:
         raise CloudFault(str(error), advice="Mend the cloud, then run the unit again.") from error
+
+
+def open_records(file: BenchFile) -> Records:
+    """The records of a bench file, made when they are not there."""
+    if file.records.startswith("sqlite:///"):
+        Path(file.records.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return Records(file.records)
 
 
 def load_image(description: Path) -> Image:
@@ -329,6 +345,167 @@ def code_version() -> str:
         ["git", "-C", str(here), "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False
     )
     return described.stdout.strip() or "unknown"
+
+
+# --- demo -----------------------------------------------------------------------------------------------------------
+
+DEMO_PHONE = "+15555550100"  # 555-0100 to 555-0199 are kept for fiction
+DEMO_ZONE = "America/New_York"
+
+
+@app.command(epilog="Example:  ./station.py demo --bench benches/simulated.toml")
+@command
+def demo(
+    bench: BenchOption = Path("benches/simulated.toml"),
+    summary: Annotated[Path | None, typer.Option(help="Where the summary goes; beside the records by default.")] = None,
+) -> ExitCode:
+    """Make the next unit on a simulated or virtual bench, wave at its PIR, and show the SMS that its owner gets."""
+    file = load_bench_file(bench)
+    if file.cloud.target != "local" or file.board.scheme == "rpi":
+        raise UserMistake("the demo is for boards and clouds that are not real", advice="Use: ./station.py run")
+    with running_cloud(file) as endpoint:
+        prepare(file)
+        with closing(open_records(file)) as records:
+            serial = next_serial(records)
+        say(f"The line makes {serial} on bench {file.name}.")
+        with Station.opened(bench, serial) as station:
+            station.registry.owner(serial, DEMO_PHONE, DEMO_ZONE)
+            attempt = station.run(rework=False, as_json=False)
+            alarm = None if attempt.made is None else raise_alarm(station, endpoint)
+            path = summary or file.labels.parent / "summary.json"
+            write_whole(path, json.dumps(summarise(station, attempt, alarm), indent=2).encode(), mode=0o644)
+    if attempt.made is None or alarm is None:
+        return ExitCode.UNIT_FAILED if attempt.code is ExitCode.PASS else attempt.code
+    show_story(bench, attempt.made, alarm, path)
+    return ExitCode.PASS
+
+
+def say(text: str) -> None:
+    """One line of the demo's story."""
+    out.print(f"[bold cyan]»[/] {text}", highlight=False)
+
+
+@contextmanager
+def running_cloud(file: BenchFile) -> Iterator[LocalEndpoint]:
+    """The local cloud of a bench file: the one that runs, or one for as long as the context lasts."""
+    found = launcher.find(file.cloud.state)
+    if found is not None:
+        say(f"The local cloud runs at {found.url}.")
+        yield found
+        return
+    say("Starting the local cloud.")
+    with launcher.running(file.cloud.state) as endpoint:
+        yield endpoint
+
+
+def prepare(file: BenchFile) -> None:
+    """Whatever a line needs before its first unit: stack, authority, image, factory key."""
+    target = local_target(file.cloud.state)
+    with out.status("Deploying the cloud stack") as status:
+        done = stack.deploy(target, status.update)
+    say("The cloud stack is deployed." if done.changed else "The cloud stack is up to date.")
+    passphrase = file.authority.passphrase_file
+    if not passphrase.exists():
+        write_whole(passphrase, secrets.token_urlsafe(24).encode())
+    if not (file.authority.directory / "signing.pem").exists():
+        authority.create_authority(file.authority.directory, read_passphrase(passphrase))
+        say(f"Made a root CA and a signing CA in {file.authority.directory}.")
+    signing = authority.load_signing(file.authority.directory, read_passphrase(passphrase))
+    register(Registry(target), signing)
+    if file.board.scheme == "simulated":
+        factory_key.ensure(file.factory_key)
+        sample.build(file.image)
+
+
+def next_serial(records: Records) -> str:
+    """The serial after the last one of the demo."""
+    numbers = [int(serial.removeprefix("PK-")) for serial in records.serials() if re.fullmatch(r"PK-[0-9]{6}", serial)]
+    return f"PK-{max(numbers, default=0) + 1:06}"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """The SMS that a movement became, and how long that took."""
+
+    to: str
+    text: str
+    seconds: float
+
+
+WAVE_SECONDS = 4.0
+ALARM_SECONDS = 120.0
+
+
+def raise_alarm(station: Station, endpoint: LocalEndpoint) -> Alarm:
+    """Wave at the unit's PIR until its owner gets an SMS: a PIR is deaf for its first minute with power.
+
+    Raises:
+        UnitFault: no SMS came.
+    """
+    begun = time.monotonic()
+    with out.status("Waving at the PIR") as status:
+        while time.monotonic() - begun < ALARM_SECONDS:
+            since, waved = datetime.now(UTC), time.monotonic()
+            station.bench.stimulus.wave()
+            while time.monotonic() - waved < WAVE_SECONDS:
+                for message in launcher.sms(endpoint, since):
+                    return Alarm(message.to, message.text, time.monotonic() - waved)
+                time.sleep(0.01)
+            status.update("Waving at the PIR again: it is deaf for its first minute with power")
+    raise UnitFault(
+        f"no SMS within {ALARM_SECONDS:.0f} s of waving at the PIR of {station.unit.serial}",
+        advice="Look at the alarm rule and at process_alarm: `make cloud` deploys both.",
+    )
+
+
+def summarise(station: Station, attempt: Attempt, alarm: Alarm | None) -> dict[str, Any]:
+    """The demo as plain data."""
+    last = station.records.runs(station.unit.serial)[-1]
+    made = attempt.made
+    return {
+        "serial": last.serial,
+        "outcome": last.outcome,
+        "steps": [{"name": step.name, "outcome": step.outcome, "seconds": step.seconds} for step in last.steps],
+        "thing": made.unit.serial if made else None,
+        "certificate": {
+            "sha256": made.certificate.id,
+            "not_after": made.certificate.certificate.not_valid_after_utc.isoformat(),
+            "issuer": made.certificate.certificate.issuer.rfc4514_string(),
+            "pem": made.certificate.pem,
+        }
+        if made
+        else None,
+        "key": made.key if made else None,
+        "sms": {"to": alarm.to, "text": alarm.text} if alarm else None,
+        "edge_to_sms_seconds": round(alarm.seconds, 3) if alarm else None,
+    }
+
+
+def show_story(bench: Path, made: Made, alarm: Alarm, summary: Path) -> None:
+    """The end of the demo: what came of it, and what to try next."""
+    if made.key == "file":
+        say("Key grade: file. No TPM emulator is installed here, and the record says so. (make demo-vm has a TPM.)")
+    say(f"Label: {made.label}")
+    say(f"Summary: {summary}")
+    out.print(
+        Panel(
+            Text(alarm.text, style="bold"),
+            title=f"SMS to {alarm.to}, {alarm.seconds * 1000:.0f} ms after the movement",
+            title_align="left",
+            border_style="green",
+            expand=False,
+        )
+    )
+    out.print("What to try next:", style="bold")
+    serial = made.unit.serial
+    for line in (
+        f".venv/bin/python station.py record {serial} --bench {bench}      all that happened to this unit",
+        f".venv/bin/python station.py run --bench {bench} --serial {serial}   it has passed: refused",
+        "make demo          the next unit",
+        "make demo-vm       the same on the real image in a virtual Pi",
+        "make doctor        what the local cloud refuses (after make cloud)",
+    ):
+        out.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def stop_on_signals() -> None:

@@ -200,10 +200,6 @@ class CloudDevice(Protocol):
 class Cloud(Protocol):
     """The fleet's side, seen from the station."""
 
-    def endpoint(self) -> Endpoint:
-        """Where devices connect."""
-        ...
-
     def trust_bundle(self) -> str:
         """PEM certificates that the endpoint's server certificate chains to."""
         ...

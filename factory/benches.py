@@ -23,11 +23,15 @@ class AuthoritySettings:
 
 @dataclass(frozen=True)
 class CloudSettings:
-    """Which cloud: `local` with its state folder, or `aws`. `endpoint` overrides where devices connect (`host:port`)."""
+    """Which cloud: `local` with its state folder, or `aws`.
+
+    `guest` says that the units live in a network of their own, as a virtual Pi does: they know the local cloud under
+    another name than this machine does. At AWS it makes no difference.
+    """
 
     target: str
     state: Path
-    endpoint: str | None
+    guest: bool
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def load_bench_file(path: Path) -> BenchFile:
         labels=Path(top.text("labels")),
         factory_key=Path(top.text("factory_key")),
         authority=AuthoritySettings(Path(authority.text("directory")), Path(authority.text("passphrase_file"))),
-        cloud=CloudSettings(target, Path(cloud.text("state", "build/cloud")), cloud.optional("endpoint")),
+        cloud=CloudSettings(target, Path(cloud.text("state", "build/cloud")), guest=cloud.flag("guest")),
         board=BoardSettings(scheme, place, board.rest()),
     )
     for table in (top, authority, cloud):
@@ -157,6 +161,12 @@ class _Table:
         if value is None and default is None:
             raise UserMistake(f"{self._path}: {self._name}{field} is missing")
         return value if value is not None else str(default)
+
+    def flag(self, field: str) -> bool:
+        value = self._fields.pop(field, False)
+        if not isinstance(value, bool):
+            raise UserMistake(f"{self._path}: {self._name}{field} must be true or false")
+        return value
 
     def table(self, field: str) -> "_Table":
         value = self._fields.pop(field, None)

@@ -21,7 +21,6 @@ def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) 
     Raises:
         UnitFault: no banner within `seconds`, a banner of another image, or not the host key of the banner.
     """
-    bench.power.off()
     bench.power.on()
     started = time.monotonic()
     banner = _await_banner(bench, step, seconds)

@@ -29,7 +29,7 @@ class _Chunk:
 
 
 def flash(storage: Storage, image: Image, step: Step) -> None:
-    """Write `image` and prove that it is on the medium.
+    """Write `image` and prove that it is on the medium, which must be without power.
 
     Raises:
         UnitFault: the medium is too small, or does not hold what was written.
@@ -90,7 +90,7 @@ def _write(image: Image, block_map: BlockMap, medium: Medium, step: Step, total:
                     step.progress(done, 2 * total, "write")
                 if digest.hexdigest() != one.sha256:
                     raise StationFault(
-                        f"the image {image.path} is damaged: blocks {one.first} to {one.last} do not match the block map",
+                        f"the image {image.path} is damaged: blocks {one.first}-{one.last} do not match its block map",
                         advice=_BAD_IMAGE,
                     )
     finally:
@@ -124,7 +124,7 @@ def _read_back(block_map: BlockMap, medium: Medium, step: Step, total: int) -> s
                 step.progress(done, 2 * total, "read back")
             if digest.hexdigest() != one.sha256:
                 raise UnitFault(
-                    f"the medium does not hold what was written: blocks {one.first} to {one.last} read back differently",
+                    f"the medium does not hold what was written: blocks {one.first}-{one.last} read back differently",
                     advice=_BAD_MEDIUM,
                 )
             whole.update(digest.digest())

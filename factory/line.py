@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from factory.authority import CertificateAuthority
-from factory.bench import Bench, Cloud, Image, Unit
+from factory.bench import Bench, Cloud, Endpoint, Image, Unit
 from factory.boot import boot
 from factory.burn_in import burn_in
 from factory.certify import DeviceCertificate, certify
@@ -29,6 +29,7 @@ class Product:
     name: str
     limits: ProductLimits
     labels: Path
+    endpoint: Endpoint
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def produce(
     """
     with ExitStack() as session:
         with journal.step("flash") as step:
+            bench.power.off()
             flash(bench.storage, image, step)
         with journal.step("boot") as step:
             banner, agent = session.enter_context(boot(bench, image, step))
@@ -68,7 +70,7 @@ def produce(
         with journal.step("certify") as step:
             certificate = certify(signing, cloud, journal, unit, identity, enrolment, step)
         with journal.step("burn-in") as step:
-            burn_in(agent, unit, enrolment, certificate, cloud.endpoint(), cloud.trust_bundle(), step)
+            burn_in(agent, unit, enrolment, certificate, product.endpoint, cloud.trust_bundle(), step)
         with journal.step("self-test") as step:
             self_test(agent, bench.stimulus, product.limits, step)
         with journal.step("connect") as step:

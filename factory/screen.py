@@ -29,7 +29,7 @@ _WORDS = {
     Outcome.ERROR: "ERROR: the station",
     Outcome.ABORTED: "ABORTED",
 }
-_MARKS = {Outcome.PASS: "✔", Outcome.FAIL: "✘", Outcome.ERROR: "!", Outcome.ABORTED: "–"}
+_MARKS = {Outcome.PASS: "✔", Outcome.FAIL: "✘", Outcome.ERROR: "!", Outcome.ABORTED: "-"}
 
 
 class LiveTable:

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import paramiko
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from gpiozero.pins.mock import MockFactory
 from paramiko.ed25519key import Ed25519Key
 
@@ -44,7 +46,7 @@ from firmware_agent.product import Product
 from firmware_agent.provisioning import Provisioning
 from firmware_agent.settings import Settings
 from firmware_agent.settings import parse as parse_settings
-from firmware_agent.wire import Banner, Stream
+from firmware_agent.wire import Banner
 
 MEDIUM_BYTES = 64 * 2**20
 PIR_LINE = 17
@@ -57,8 +59,8 @@ class SimulatedBoard:
 
     def __init__(self, place: Path, factory_key: str, *, faults: frozenset[str]) -> None:
         self._place = place
-        self._factory_key = factory_key
-        self._faults = faults
+        self.factory_key = factory_key
+        self.faults = faults
         place.mkdir(parents=True, exist_ok=True)
         self._root = place / "root"
         self._run = place / "run"
@@ -68,7 +70,7 @@ class SimulatedBoard:
         self.pins = MockFactory()
         self.pir = Pir(self._drive, fault=next((PirFault(one) for one in sorted(faults) if one in set(PirFault)), None))
         self._system: _System | None = None
-        self._console = _Console()
+        self.console = _Console()
 
     # --- supply -----------------------------------------------------------------------------------------------
 
@@ -94,14 +96,14 @@ class SimulatedBoard:
     def close(self) -> None:
         """Take the board away."""
         self.off()
-        self._console.close()
+        self.console.close()
         self.pins.close()
 
     # --- what is wired to the station ----------------------------------------------------------------------------
 
     def console_url(self) -> str:
         """Where pyserial finds the console."""
-        return self._console.path
+        return self.console.path
 
     def ssh_address(self, _banner: Banner) -> tuple[str, int]:
         """Where SSH listens, or port 9 (discard, nobody listens) while it does not."""
@@ -117,7 +119,7 @@ class SimulatedBoard:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _drive(self, high: bool) -> None:  # noqa: FBT001  (a wire has a level)
+    def _drive(self, high: bool) -> None:
         pin = self.pins.pin(PIR_LINE)
         pin.drive_high() if high else pin.drive_low()
 
@@ -126,7 +128,7 @@ class SimulatedBoard:
         try:
             settings = parse_settings(_read_settings(self.storage.path))
         except (_NoBootError, OSError, tarfile.TarError, UnicodeDecodeError, SettingsFault) as error:
-            self._console.say(f"boot: {error}")
+            self.console.say(f"boot: {error}")
             return None
         paths = replace(
             settings.paths,
@@ -136,6 +138,12 @@ class SimulatedBoard:
         )
         tpm = replace(settings.tpm, tcti="")
         return replace(settings, paths=paths, tpm=tpm)
+
+
+def _new_host_key() -> bytes:
+    return ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
 
 
 class _NoBootError(Exception):
@@ -191,7 +199,7 @@ class _System:
         shutil.rmtree(paths.run, ignore_errors=True)
         for path in (paths.run, paths.state):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._hardware._console.say(f"boot: {self._settings.image}")  # noqa: SLF001
+        self._hardware.console.say(f"boot: {self._settings.image}")
         if paths.sealed.exists():
             self._run_product()
         else:
@@ -212,28 +220,25 @@ class _System:
     def _run_factory(self, public: Path) -> None:
         private = public.with_suffix("")
         if not private.exists():
-            key = Ed25519Key.generate()
-            text = io.StringIO()
-            key.write_private_key(text)
-            write_whole(private, text.getvalue().encode())
-            write_whole(public, f"{key.get_name()} {key.get_base64()}\n".encode())
+            write_whole(private, _new_host_key())
         host_key = Ed25519Key.from_private_key_file(str(private))
+        write_whole(public, f"{host_key.get_name()} {host_key.get_base64()}\n".encode())
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread(self._accept, host_key)
-        if injected.NO_BANNER not in self._hardware._faults:  # noqa: SLF001
+        if injected.NO_BANNER not in self._hardware.faults:
             self._thread(self._say_banner, f"{host_key.get_name()} {host_key.get_base64()}")
 
     def _say_banner(self, host_key: str) -> None:
         settings = self._settings
         if settings is None:
             return
-        if injected.WRONG_HOST_KEY in self._hardware._faults:  # noqa: SLF001
-            other = Ed25519Key.generate()
+        if injected.WRONG_HOST_KEY in self._hardware.faults:
+            other = Ed25519Key.from_private_key(io.StringIO(_new_host_key().decode()))
             host_key = f"{other.get_name()} {other.get_base64()}"
         facts = self.board.facts()
         line = Banner(facts.serial, ("127.0.0.1",), host_key, agent_version, str(settings.image), facts.boot_id).line()
         while not self._over.is_set() and not settings.paths.answered.exists():
-            self._hardware._console.say(line)  # noqa: SLF001
+            self._hardware.console.say(line)
             self._over.wait(BANNER_SECONDS)
 
     def _accept(self, host_key: Ed25519Key) -> None:
@@ -247,7 +252,7 @@ class _System:
             transport.add_server_key(host_key)
             self._transports.append(transport)
             with suppress(paramiko.SSHException, EOFError, OSError):
-                transport.start_server(server=_Door(self._hardware._factory_key, self._serve))  # noqa: SLF001
+                transport.start_server(server=_Door(self._hardware.factory_key, self._serve))
 
     def _serve(self, channel: paramiko.Channel) -> None:
         settings = self._settings
@@ -259,7 +264,7 @@ class _System:
             FactoryPins(self._hardware.pins, PIR_LINE),
             on_seal=lambda: self._thread(self._seal, settings),
         )
-        stream = injected.tampered(_ChannelStream(channel), self._hardware._faults, settings)  # noqa: SLF001
+        stream = injected.tampered(_ChannelStream(channel), self._hardware.faults, settings)
         with suppress(OSError, EOFError):
             agent.serve(stream)
         with suppress(OSError, EOFError):
@@ -320,7 +325,7 @@ class _Inside:
 
     def health(self, state: Path) -> Health:
         return Health(
-            temperature_c=41.5 if injected.HOT not in self._hardware._faults else 97.0,  # noqa: SLF001
+            temperature_c=41.5 if injected.HOT not in self._hardware.faults else 97.0,
             throttled=0,
             disk_free_bytes=shutil.disk_usage(state).free,
             memory_free_bytes=2**29,
@@ -340,17 +345,21 @@ class _Door(paramiko.ServerInterface):
         self._factory_key = factory_key
         self._serve = serve
 
-    def get_allowed_auths(self, username: str) -> str:
+    def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002  (paramiko calls it so)
         return "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         known = username == "picket" and f"{key.get_name()} {key.get_base64()}" == self._factory_key
         return paramiko.common.AUTH_SUCCESSFUL if known else paramiko.common.AUTH_FAILED
 
-    def check_channel_request(self, kind: str, chanid: int) -> int:
+    def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002  (paramiko calls it so)
         return paramiko.common.OPEN_SUCCEEDED
 
-    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+    def check_channel_exec_request(
+        self,
+        channel: paramiko.Channel,
+        command: bytes,  # noqa: ARG002  (whatever is asked for, the one program runs: a forced command)
+    ) -> bool:
         threading.Thread(target=self._serve, args=(channel,), daemon=True).start()
         return True
 
@@ -439,7 +448,7 @@ class _SimulatedMedium:
 
     def flush(self) -> None:
         self._medium.flush()
-        if injected.FLIPPED_BIT in self._board._faults:  # noqa: SLF001
+        if injected.FLIPPED_BIT in self._board.faults:
             where = 2**20 + 700
             (byte,) = self._medium.read(where, 1)
             self._medium.write(where, bytes([byte ^ 1]))

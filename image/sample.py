@@ -1,0 +1,85 @@
+"""The simulated board's image: small, and shaped like the real one, so that the line flashes it in the same way.
+
+An MBR with one FAT-typed partition that holds a tar of `etc/picket/agent.toml`; around it, blocks that are mapped but
+scattered, so that a flash has holes to skip.
+"""
+
+import hashlib
+import io
+import random
+import struct
+import tarfile
+from pathlib import Path
+
+from image.bmap import make_bmap
+from image.manifest import ImageManifest, Partition
+
+NAME, VERSION = "picket-sample", "1"
+SIZE = 16 * 2**20
+PARTITION_START = 2**20
+PARTITION_SIZE = 2**20
+SECTOR = 512
+
+SETTINGS = """\
+[image]
+name = "{name}"
+version = "{version}"
+[pir]
+warm_up_seconds = 1
+[mqtt]
+heartbeat_seconds = 5
+"""
+
+
+def settings_tar(name: str, version: str) -> bytes:
+    """What the simulated board finds on its boot partition."""
+    settings = SETTINGS.format(name=name, version=version).encode()
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        entry = tarfile.TarInfo("etc/picket/agent.toml")
+        entry.size = len(settings)
+        archive.addfile(entry, io.BytesIO(settings))
+    return packed.getvalue()
+
+
+def master_boot_record() -> bytes:
+    """A partition table with the one partition (type 0x0C, FAT32 LBA)."""
+    record = bytearray(SECTOR)
+    entry = struct.pack(
+        "<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x0C, b"\xfe\xff\xff", PARTITION_START // SECTOR, PARTITION_SIZE // SECTOR
+    )
+    record[446:462] = entry
+    record[510:512] = b"\x55\xaa"
+    return bytes(record)
+
+
+def build(description: Path, agent: str = "-") -> ImageManifest:
+    """Write the sample image, its block map and its description beside each other; the same bytes each time."""
+    folder = description.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    image, bmap = folder / f"{NAME}.img", folder / f"{NAME}.bmap"
+    scatter = random.Random(NAME)  # noqa: S311  (the same blocks each time is what is wanted)
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+        file.write(master_boot_record())
+        file.seek(PARTITION_START)
+        file.write(settings_tar(NAME, VERSION))
+        for start in range(PARTITION_START + PARTITION_SIZE, SIZE, 2**20):
+            file.seek(start)
+            file.write(scatter.randbytes(scatter.randrange(1, 2**19)))
+    block_map = str(make_bmap(image))
+    bmap.write_text(block_map)
+    manifest = ImageManifest(
+        name=NAME,
+        version=VERSION,
+        agent=agent,
+        image=image.name,
+        size=SIZE,
+        sha256=hashlib.sha256(image.read_bytes()).hexdigest(),
+        bmap=bmap.name,
+        bmap_sha256=hashlib.sha256(block_map.encode()).hexdigest(),
+        partitions=(Partition(1, "0c", "SETTINGS", PARTITION_START, PARTITION_SIZE, "-"),),
+        packages=(),
+    )
+    description.write_text(str(manifest))
+    return manifest
