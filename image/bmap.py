@@ -1,168 +1,217 @@
-"""Block maps: which blocks of an image hold data, with a digest each range.
+"""Block maps: which blocks of an image carry data, and their digests (bmap format 2.0, as bmaptool reads and writes it).
 
-The format is bmaptool's, version 2.0 (github.com/yoctoproject/bmaptool, `bmaptool/BmapCreate.py` documents it): XML with
-the image's size, the block size, and ranges of mapped blocks with their SHA-256; the file carries its own SHA-256, made
-while that field holds zeros.
+The map guards itself with a digest over its own text, in which the digest's place is filled with zeros.
 """
 
 import hashlib
-import os
+import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from xml.etree import ElementTree as Xml
+from xml.etree import ElementTree as ET  # noqa: S405 - see parse(): the text is refused if it declares entities
+
+from image.disk import data_ranges
+from image.errors import ManifestError
 
 BLOCK_SIZE = 4096
-CHUNK = 4 * 2**20
-_ZEROS = "0" * 64
-
-
-class BmapError(ValueError):
-    """A file that is no block map, or one that was changed."""
+_VERSION = "2.0"
+_CHUNK = 4 * 1024 * 1024
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class BlockRange:
-    """Mapped blocks `first` to `last`, both included, and the SHA-256 (hex) of their bytes."""
+class Range:
+    """Blocks `first` to `last` (both included) and the SHA-256 of their bytes."""
 
     first: int
     last: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last or not _DIGEST.fullmatch(self.sha256):
+            raise ManifestError(f"a block map holds a bad range: {self.first}-{self.last} {self.sha256!r}")
+
 
 @dataclass(frozen=True)
-class BlockMap:
-    """An image's size in bytes, its block size, and its mapped ranges in order."""
+class Bmap:
+    """A block map.
+
+    Attributes:
+        image_size: of the image in bytes; the last block may be cut short by it.
+        block_size: in bytes.
+        ranges: in ascending order, apart from each other.
+    """
 
     image_size: int
     block_size: int
-    ranges: tuple[BlockRange, ...]
+    ranges: tuple[Range, ...]
 
-    @property
-    def mapped_blocks(self) -> int:
-        """How many blocks hold data."""
-        return sum(one.last - one.first + 1 for one in self.ranges)
+    def __post_init__(self) -> None:
+        if self.image_size < 0 or self.block_size <= 0:
+            raise ManifestError("a block map holds a negative size")
+        end = -1
+        for item in self.ranges:
+            if item.first <= end or item.last >= self.blocks:
+                raise ManifestError(f"the block map's range {item.first}-{item.last} overlaps or leaves the image")
+            end = item.last
 
     @property
     def blocks(self) -> int:
-        """How many blocks the image has, the last one perhaps short."""
+        """Blocks of the image, mapped or not."""
         return -(-self.image_size // self.block_size)
 
-    def __str__(self) -> str:
-        ranges = "\n".join(f'    <Range chksum="{one.sha256}"> {_span(one)} </Range>' for one in self.ranges)
-        text = f"""<?xml version="1.0" ?>
-<bmap version="2.0">
-  <ImageSize> {self.image_size} </ImageSize>
-  <BlockSize> {self.block_size} </BlockSize>
-  <BlocksCount> {self.blocks} </BlocksCount>
-  <MappedBlocksCount> {self.mapped_blocks} </MappedBlocksCount>
-  <ChecksumType> sha256 </ChecksumType>
-  <BmapFileChecksum> {_ZEROS} </BmapFileChecksum>
-  <BlockMap>
-{ranges}
-  </BlockMap>
-</bmap>
-"""
-        return text.replace(_ZEROS, hashlib.sha256(text.encode()).hexdigest(), 1)
+    @property
+    def mapped_blocks(self) -> int:
+        """Blocks that carry data."""
+        return sum(item.last - item.first + 1 for item in self.ranges)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes that must be written."""
+        return sum(self.span(item)[1] for item in self.ranges)
+
+    def span(self, item: Range) -> tuple[int, int]:
+        """Offset and length of a range in bytes."""
+        start = item.first * self.block_size
+        return start, min((item.last + 1) * self.block_size, self.image_size) - start
 
 
-def _span(one: BlockRange) -> str:
-    return str(one.first) if one.first == one.last else f"{one.first}-{one.last}"
+def create(image: Path, block_size: int = BLOCK_SIZE) -> Bmap:
+    """The block map of a sparse image file."""
+    ranges: list[Range] = []
+    with image.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        merged: list[list[int]] = []
+        for start, end in data_ranges(file.fileno()):
+            first, last = start // block_size, (end - 1) // block_size
+            if merged and first <= merged[-1][1] + 1:
+                merged[-1][1] = last
+            else:
+                merged.append([first, last])
+        for first, last in merged:
+            length = min((last + 1) * block_size, size) - first * block_size
+            ranges.append(Range(first, last, _digest(file, first * block_size, length)))
+    return Bmap(size, block_size, tuple(ranges))
 
 
-def parse_bmap(text: str) -> BlockMap:
-    """The block map in `text`.
+def check(image: Path, bmap: Bmap) -> None:
+    """Compare an image with its block map.
 
     Raises:
-        BmapError: it is no block map, or it was changed after it was written.
+        ManifestError: the size differs, or the digest of a range; the message names it.
     """
-    stated = re.search(r"<BmapFileChecksum>\s*([0-9a-f]{64})\s*</BmapFileChecksum>", text)
-    if stated is None:
-        raise BmapError("no block map of version 2.0: its own checksum is missing")
-    if hashlib.sha256(text.replace(stated[1], _ZEROS, 1).encode()).hexdigest() != stated[1]:
-        raise BmapError("the block map was changed: its own checksum does not match")
-    try:
-        root = Xml.fromstring(text)  # noqa: S314  (checked above; and entities do not expand without a DTD)
-        ranges = tuple(_range(element) for element in root.iterfind("BlockMap/Range"))
-        block_map = BlockMap(_number(root, "ImageSize"), _number(root, "BlockSize"), ranges)
-        stated_blocks = _number(root, "MappedBlocksCount")
-        kind = (root.findtext("ChecksumType") or "").strip()
-    except (Xml.ParseError, ValueError) as error:
-        raise BmapError(f"no block map: {error}") from error
-    if kind != "sha256":
-        raise BmapError(f"the block map's checksums are of kind {kind!r}; only sha256 is taken")
-    _check(block_map, stated_blocks)
-    return block_map
-
-
-def _check(block_map: BlockMap, stated_blocks: int) -> None:
-    if block_map.block_size <= 0 or block_map.image_size <= 0:
-        raise BmapError("the block map speaks of an empty image")
-    end = -1
-    for one in block_map.ranges:
-        if not end < one.first <= one.last < block_map.blocks:
-            raise BmapError(f"the range {_span(one)} is out of order or outside of the image")
-        end = one.last
-    if block_map.mapped_blocks != stated_blocks:
-        raise BmapError(f"the block map lists {block_map.mapped_blocks} mapped blocks, but states {stated_blocks}")
-
-
-def _number(root: Xml.Element, name: str) -> int:
-    return int((root.findtext(name) or "").strip())
-
-
-def _range(element: Xml.Element) -> BlockRange:
-    first, _, last = (element.text or "").strip().partition("-")
-    digest = element.get("chksum", "")
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise BmapError(f"the range {element.text} has no SHA-256")
-    return BlockRange(int(first), int(last or first), digest)
-
-
-def make_bmap(image: Path, block_size: int = BLOCK_SIZE) -> BlockMap:
-    """The block map of a sparse file: what the file system holds as data is mapped, its holes are not."""
+    size = image.stat().st_size
+    if size != bmap.image_size:
+        raise ManifestError(f"{image.name} has {size} bytes, its block map says {bmap.image_size}")
     with image.open("rb") as file:
-        descriptor = file.fileno()
-        size = os.fstat(descriptor).st_size
-        ranges = tuple(
-            BlockRange(first, last, _digest(descriptor, first * block_size, min((last + 1) * block_size, size)))
-            for first, last in _merged(_extents(descriptor, size), block_size)
-        )
-    return BlockMap(size, block_size, ranges)
+        for item in bmap.ranges:
+            if _digest(file, *bmap.span(item)) != item.sha256:
+                raise ManifestError(f"{image.name} differs from its block map in blocks {item.first}-{item.last}")
 
 
-def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    offset = 0
-    while offset < size:
-        try:
-            start = os.lseek(descriptor, offset, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole from here on
-            return
-        offset = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, offset
-
-
-def _merged(extents: Iterator[tuple[int, int]], block_size: int) -> Iterator[tuple[int, int]]:
-    """Extents in bytes as ranges of whole blocks, those that touch made one."""
-    held: tuple[int, int] | None = None
-    for start, end in extents:
-        first, last = start // block_size, (end - 1) // block_size
-        if held is None:
-            held = first, last
-        elif first <= held[1] + 1:
-            held = held[0], last
-        else:
-            yield held
-            held = first, last
-    if held is not None:
-        yield held
-
-
-def _digest(descriptor: int, start: int, end: int) -> str:
+def _digest(file: io.BufferedReader, offset: int, length: int) -> str:
     digest = hashlib.sha256()
-    while start < end:
-        data = os.pread(descriptor, min(CHUNK, end - start), start)
-        digest.update(data)
-        start += len(data)
+    file.seek(offset)
+    for block in _blocks(file, length):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(file: io.BufferedReader, length: int) -> Iterator[bytes]:
+    while length:
+        block = file.read(min(length, _CHUNK))
+        if not block:
+            raise ManifestError("the image ends inside a mapped range")
+        length -= len(block)
+        yield block
+
+
+def write(bmap: Bmap) -> str:
+    """The map as text."""
+    rows = "".join(
+        f'        <Range chksum="{item.sha256}"> {item.first}{"" if item.first == item.last else f"-{item.last}"} '
+        "</Range>\n"
+        for item in bmap.ranges
+    )
+    empty = "0" * 64
+    text = (
+        '<?xml version="1.0" ?>\n'
+        f'<bmap version="{_VERSION}">\n'
+        f"    <ImageSize> {bmap.image_size} </ImageSize>\n"
+        f"    <BlockSize> {bmap.block_size} </BlockSize>\n"
+        f"    <BlocksCount> {bmap.blocks} </BlocksCount>\n"
+        f"    <MappedBlocksCount> {bmap.mapped_blocks} </MappedBlocksCount>\n"
+        "    <ChecksumType> sha256 </ChecksumType>\n"
+        f"    <BmapFileChecksum> {empty} </BmapFileChecksum>\n"
+        f"    <BlockMap>\n{rows}    </BlockMap>\n"
+        "</bmap>\n"
+    )
+    return text.replace(empty, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def parse(text: str) -> Bmap:
+    """The map in a text.
+
+    Raises:
+        ManifestError: it is no block map of this format, it contradicts itself, or its own digest is wrong.
+    """
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise ManifestError("the block map declares entities; a block map has none")
+    try:
+        root = ET.fromstring(text)  # noqa: S314 - no entities, as checked above
+    except ET.ParseError as error:
+        raise ManifestError(f"the block map is no XML: {error}") from error
+    if root.tag != "bmap" or root.get("version") != _VERSION:
+        raise ManifestError(f"the block map is not of version {_VERSION}")
+    if _field(root, "ChecksumType") != "sha256":
+        raise ManifestError("the block map's digests are not SHA-256")
+    claimed = _field(root, "BmapFileChecksum")
+    if not _DIGEST.fullmatch(claimed):
+        raise ManifestError("the block map's own digest is malformed")
+    if hashlib.sha256(text.replace(claimed, "0" * 64, 1).encode()).hexdigest() != claimed:
+        raise ManifestError("the block map was changed: its own digest does not match")
+    bmap = Bmap(_number(root, "ImageSize"), _number(root, "BlockSize"), tuple(_ranges(root)))
+    if bmap.blocks != _number(root, "BlocksCount") or bmap.mapped_blocks != _number(root, "MappedBlocksCount"):
+        raise ManifestError("the block map's counts do not fit its ranges")
+    return bmap
+
+
+def _field(root: ET.Element, name: str) -> str:
+    text = root.findtext(name)
+    if text is None:
+        raise ManifestError(f"the block map has no {name}")
+    return text.strip()
+
+
+def _number(root: ET.Element, name: str) -> int:
+    return _integer(_field(root, name))
+
+
+def _integer(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ManifestError(f"the block map holds {text!r} where a number belongs")
+    return int(text)
+
+
+def _ranges(root: ET.Element) -> Iterator[Range]:
+    for element in root.iterfind("BlockMap/Range"):
+        first, _, last = (element.text or "").strip().partition("-")
+        yield Range(_integer(first.strip()), _integer(last.strip() or first.strip()), element.get("chksum", ""))
+
+
+def load(path: Path) -> Bmap:
+    """The map in a file.
+
+    Raises:
+        ManifestError: it cannot be read, or see `parse`.
+    """
+    try:
+        return parse(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"the block map {path} cannot be read: {error}") from error
+
+
+def with_ranges(bmap: Bmap, ranges: tuple[Range, ...]) -> Bmap:
+    """The same map with other ranges."""
+    return replace(bmap, ranges=ranges)

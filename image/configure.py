@@ -1,0 +1,198 @@
+"""What makes a base root a unit of ours: the agent, its user, the services, the settings."""
+
+import os
+import shutil
+from pathlib import Path
+
+from image.base import Base
+from image.errors import ImageError
+from image.recipe import Recipe
+from image.render import render
+from image.wheels import compile_python
+
+_HERE = Path(__file__).parent
+_AGENT = _HERE.parent / "firmware_agent"
+
+#: The agent's user and the groups of its devices, with fixed numbers: state survives a change of the image.
+AGENT_ID = 900
+_GROUPS = {"gpio": 901}
+_SUPPLEMENTARY = ("gpio", "tss")
+
+#: Directories in which systemd looks for a unit file.
+_UNIT_PATHS = ("etc/systemd/system", "usr/lib/systemd/system")
+
+_ENABLED = (
+    "picket-agent.service",
+    "picket-factory.service",
+    "picket-hostkey.service",
+    "picket-seal.path",
+    "picket-vtpm.service",
+    "ssh.service",
+    "systemd-networkd.service",
+    "systemd-resolved.service",
+    "systemd-timesyncd.service",
+)
+
+#: Units without a use on a unit of ours. A console login is no use either: there is no password to log in with.
+_MASKED = (
+    "console-getty.service",
+    "dpkg-db-backup.timer",
+    "getty@.service",
+    "getty.target",
+    "ldconfig.service",
+    "serial-getty@.service",
+    "sshd-keygen.service",
+    "ssh.socket",
+    "systemd-firstboot.service",
+    "systemd-hwdb-update.service",
+    "systemd-journal-catalog-update.service",
+    "systemd-journal-flush.service",
+    "systemd-logind.service",
+    "systemd-networkd-wait-online.service",
+    "systemd-pcrmachine.service",
+    "systemd-pcrphase-sysinit.service",
+    "systemd-pcrphase.service",
+    "systemd-tpm2-setup-early.service",
+    "systemd-tpm2-setup.service",
+    "systemd-update-utmp.service",
+    "wpa_supplicant.service",
+)
+
+
+def agent_version() -> str:
+    """The version that the agent's source says it has."""
+    for line in (_AGENT / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.partition("=")[2].strip().strip('"')
+    raise ImageError(f"{_AGENT}/__init__.py does not say __version__")
+
+
+def install_agent(root: Path, base: Base, library: Path) -> None:
+    """The agent as a release directory of its own, and the link that says which release is in force."""
+    release = root / "opt/picket/releases" / agent_version()
+    agent = release / "firmware_agent"
+    shutil.copytree(_AGENT, agent, ignore=shutil.ignore_patterns("__pycache__"))
+    compile_python(base, agent, "/opt/picket/current/firmware_agent")
+    shutil.copytree(library, release / "lib", symlinks=True)
+    (root / "opt/picket/current").symlink_to(f"releases/{release.name}")
+    for path in (release, *release.rglob("*")):
+        os.chown(path, 0, 0)
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def install_files(root: Path) -> None:
+    """Copy `image/files/` over the root; everything belongs to root, and only programs are executable."""
+    top = _HERE / "files"
+    for source in sorted(top.rglob("*")):
+        target = root / source.relative_to(top)
+        if source.is_dir():
+            if not target.exists():
+                target.mkdir(mode=0o755)
+        else:
+            shutil.copyfile(source, target)
+            target.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
+
+
+def write_settings(root: Path, recipe: Recipe, root_partuuid: str, boot_partuuid: str, factory_key: str) -> None:
+    """Everything that is rendered from the recipe."""
+    names = {"name": recipe.name, "version": recipe.version}
+    _text(root, "etc/picket/agent.toml", render("agent.toml", **names, key_store=recipe.key_store))
+    _text(root, "etc/picket/factory_authorized_keys", render("factory_authorized_keys", factory_key=factory_key))
+    _text(root, "etc/fstab", render("fstab", root_partuuid=root_partuuid, boot_partuuid=boot_partuuid))
+    _text(root, "etc/hostname", f"{recipe.hostname}\n")
+    release = root / "usr/lib/os-release"
+    release.write_text(render("os-release", debian=release.read_text(), **names))
+    (root / "etc/resolv.conf").unlink(missing_ok=True)
+    (root / "etc/resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
+
+
+def create_users(root: Path) -> None:
+    """The agent's user and groups. Nobody has a password, and none can be set that would let anybody in by it."""
+    home = "/var/lib/picket"
+    _append(root / "etc/passwd", f"picket:x:{AGENT_ID}:{AGENT_ID}:Picket agent:{home}:/bin/sh")
+    # `*` and not `!`: sshd takes the latter for a locked account and refuses the key as well.
+    _append(root / "etc/shadow", "picket:*:20000::::::")
+    _append(root / "etc/group", f"picket:x:{AGENT_ID}:")
+    _append(root / "etc/gshadow", "picket:*::")
+    for name, number in _GROUPS.items():
+        _append(root / "etc/group", f"{name}:x:{number}:")
+        _append(root / "etc/gshadow", f"{name}:*::")
+    _add_member(root / "etc/group", "picket", _SUPPLEMENTARY, field=3)
+    _add_member(root / "etc/gshadow", "picket", _SUPPLEMENTARY, field=3)
+    state = root / home.removeprefix("/")
+    state.mkdir(mode=0o700)
+    os.chown(state, AGENT_ID, AGENT_ID)
+
+
+def choose_units(root: Path) -> None:
+    """Enable our units, mask what has no use here, and boot to multi-user."""
+    for name in _MASKED:
+        _link(root / "etc/systemd/system" / name, "/dev/null")
+    for wants in (root / "etc/systemd/system").glob("*.wants/*"):
+        if wants.name in _MASKED or wants.name.partition("@")[0] + "@.service" in _MASKED:
+            wants.unlink()
+    for name in _ENABLED:
+        _enable(root, name)
+    _link(root / "etc/systemd/system/default.target", "/usr/lib/systemd/system/multi-user.target")
+
+
+def mark_updated(root: Path) -> None:
+    """Tell systemd that /etc and /var belong to this /usr, so that no unit makes them anew at the first boot."""
+    moment = (root / "usr").stat().st_mtime_ns
+    for place in ("etc", "var"):
+        stamp = root / place / ".updated"
+        stamp.write_text(f"# Written when the image was built.\nTIMESTAMP_NSEC={moment}\n")
+        os.utime(stamp, ns=(moment, moment))
+
+
+def _text(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+    path.chmod(0o644)
+
+
+def _append(path: Path, line: str) -> None:
+    name = line.partition(":")[0]
+    text = path.read_text()
+    if any(existing.partition(":")[0] == name for existing in text.splitlines()):
+        raise ImageError(f"{name} is already in {path.name} of the base")
+    path.write_text(f"{text}{line}\n")
+
+
+def _add_member(path: Path, user: str, groups: tuple[str, ...], field: int) -> None:
+    lines = path.read_text().splitlines()
+    missing = set(groups) - {line.partition(":")[0] for line in lines}
+    if missing:
+        raise ImageError(f"the base has no group {', '.join(sorted(missing))}")
+    for number, line in enumerate(lines):
+        columns = line.split(":")
+        if columns[0] in groups:
+            columns[field] = ",".join(filter(None, [columns[field], user]))
+            lines[number] = ":".join(columns)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _unit_file(root: Path, name: str) -> Path:
+    for place in _UNIT_PATHS:
+        path = root / place / name
+        if path.is_file() and not path.is_symlink():
+            return path
+    raise ImageError(f"the root has no unit {name}")
+
+
+def _enable(root: Path, name: str) -> None:
+    """What `systemctl enable` does with a plain unit: the links that its [Install] section asks for."""
+    file = _unit_file(root, name)
+    for line in file.read_text().splitlines():
+        key, _, value = line.partition("=")
+        folder = {"WantedBy": "wants", "RequiredBy": "requires"}.get(key.strip())
+        for target in value.split() if folder else ():
+            _link(root / f"etc/systemd/system/{target}.{folder}/{name}", f"/{file.relative_to(root)}")
+
+
+def _link(path: Path, target: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)

@@ -1,0 +1,118 @@
+"""The agent's Python packages for the device, from the hash-pinned lock, without running anything of the device.
+
+Every package but one has a wheel for the device's Python. `lgpio` publishes none for Python 3.13, so its source (pinned
+by the same lock) is compiled here with Debian's cross compiler. The result is cached by the lock.
+"""
+
+import hashlib
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from image.base import Base
+from image.errors import ImageError
+from image.run import run
+
+#: The device's Python, as wheels and extension modules name it.
+_PYTHON = "3.13"
+_EXTENSION_SUFFIX = ".cpython-313-aarch64-linux-gnu.so"
+_COMPILER = "aarch64-linux-gnu-gcc"
+#: Debian trixie's glibc is newer than what this tag asks for.
+_PLATFORM = "aarch64-manylinux_2_28"
+
+#: One requirement of a lock with its hashes.
+_REQUIREMENT = re.compile(
+    r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;\\]+)[^\n]*(?:\n[ \t]+[^\n]*)*\n?", re.MULTILINE
+)
+
+#: Runs in the twin's Python 3.13 and writes the .pyc files that the device's Python would write, before it has to.
+_COMPILE = """
+import os, py_compile, sys
+top, seen = sys.argv[1:]
+for folder, _, names in os.walk(top):
+    for name in names:
+        if name.endswith('.py'):
+            path = os.path.join(folder, name)
+            try:
+                py_compile.compile(path, dfile=seen + path[len(top):], doraise=True,
+                                   invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+            except py_compile.PyCompileError:
+                pass
+"""
+
+
+def versions(lock: str) -> dict[str, str]:
+    """Name and version of every package of a lock."""
+    return {match["name"]: match["version"] for match in _REQUIREMENT.finditer(lock)}
+
+
+def device_library(lock: Path, base: Base, cache: Path) -> Path:
+    """The directory with all packages of the lock, installed and byte-compiled for the device."""
+    text = lock.read_text()
+    digest = hashlib.sha256(text.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+    finished = cache / f"wheels-{digest}"
+    if finished.exists():
+        return finished
+    with tempfile.TemporaryDirectory(dir=cache, prefix="wheels-") as name:
+        working = Path(name)
+        library = working / "lib"
+        own = [match for match in _REQUIREMENT.finditer(text) if match["name"] == "lgpio"]
+        others = _REQUIREMENT.sub(lambda match: "" if match["name"] == "lgpio" else match[0], text)
+        _install(others, library, working)
+        for match in own:
+            _compile_lgpio(match[0], base, library, working)
+        # Scripts of the packages start with this machine's interpreter and have no use on the device.
+        shutil.rmtree(library / "bin", ignore_errors=True)
+        (library / ".lock").unlink(missing_ok=True)
+        compile_python(base, library, f"/opt/picket/current/{library.name}")
+        library.rename(finished)
+    return finished
+
+
+def compile_python(base: Base, tree: Path, seen_as: str) -> None:
+    """Byte-compile a tree with the device's version of Python; files that are not for it are passed over.
+
+    The .pyc files are unchecked: nobody edits an installed release, and the device saves the comparison.
+
+    Args:
+        base: whose twin carries the interpreter.
+        tree: the files, where they are now.
+        seen_as: their place on the device, for tracebacks.
+    """
+    usr = base.twin / "usr"
+    triplet = run("dpkg-architecture", "-qDEB_HOST_MULTIARCH").strip()
+    loader = next(path for path in (usr / "lib" / triplet).glob("ld-linux-*.so.*"))
+    run(loader, "--library-path", usr / "lib" / triplet, usr / f"bin/python{_PYTHON}", "-S", "-c", _COMPILE,
+        tree, seen_as, env={"PYTHONHOME": str(usr), "PYTHONPATH": "", "PYTHONHASHSEED": "0"})  # fmt: skip
+
+
+def _install(requirements: str, library: Path, working: Path) -> None:
+    listed = working / "requirements.txt"
+    listed.write_text(requirements)
+    run(sys.executable, "-m", "uv", "pip", "install", "--target", library, "--python-platform", _PLATFORM,
+        "--python-version", _PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps",
+        "--link-mode", "copy", "--requirements", listed)  # fmt: skip
+
+
+def _compile_lgpio(requirement: str, base: Base, library: Path, working: Path) -> None:
+    """Compile lgpio as its own setup.py does for a self-contained module (PYPI=1): C library and wrapper in one."""
+    listed = working / "lgpio.txt"
+    listed.write_text(re.sub(r";[^\\\n]*", "", requirement, count=1))
+    run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
+        "--require-hashes", "--requirement", listed, "--dest", working)  # fmt: skip
+    archive = next(working.glob("lgpio-*.tar.gz"), None)
+    if archive is None:
+        raise ImageError("the source of lgpio was not downloaded")
+    with tarfile.open(archive) as tar:
+        tar.extractall(working, filter="data")
+    source = working / archive.name.removesuffix(".tar.gz")
+    include = base.headers / "usr/include"
+    run("swig", "-python", "-o", "lgpio_wrap.c", "lgpio.i", cwd=source)
+    run(_COMPILER, "-shared", "-fPIC", "-O2", "-pthread", "-Isrc", f"-I{include}/python{_PYTHON}", f"-I{include}",
+        "-o", library / f"_lgpio{_EXTENSION_SUFFIX}", "lgpio_wrap.c", "src/rgpiod.c",
+        *(path.relative_to(source) for path in sorted(source.glob("src/lg*.c"))), "-lrt", "-ldl",
+        cwd=source)  # fmt: skip
+    shutil.copy2(source / "lgpio.py", library / "lgpio.py")
