@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from image import bmap
+from image.bmap import Bmap
 from image.errors import ManifestError
 
 FORMAT = "picket-image-1"
@@ -46,7 +47,7 @@ class ImageManifest:
         name: of the image.
         version: of the image.
         agent: version of the firmware agent in it.
-        image: file name of the raw image; `compressed` and `bmap` are the names of its zstd file and its block map.
+        image: file name of the raw image; `bmap` is that of its block map, `compressed` of its zstd file if it has one.
         sha256: of the raw image.
         size: of the raw image, in bytes.
         compressed_sha256: of the zstd file.
@@ -63,8 +64,8 @@ class ImageManifest:
     image: str
     sha256: str
     size: int
-    compressed: str
-    compressed_sha256: str
+    compressed: str | None
+    compressed_sha256: str | None
     bmap: str
     bmap_sha256: str
     kernel: str
@@ -103,13 +104,20 @@ class ImageManifest:
         read = _Fields(path, value)
         manifest = cls(
             **{name: read.text(name) for name in ("name", "version", "agent", "kernel")},
-            **{name: read.file_name(name) for name in ("image", "compressed", "bmap")},
-            **{name: read.digest(name) for name in ("sha256", "compressed_sha256", "bmap_sha256")},
+            **{name: read.file_name(name) for name in ("image", "bmap")},
+            **{name: read.digest(name) for name in ("sha256", "bmap_sha256")},
+            compressed=read.file_name("compressed") if read.has("compressed") else None,
+            compressed_sha256=read.digest("compressed_sha256") if read.has("compressed") else None,
             size=read.number("size"),
             partitions=tuple(
                 Partition(
-                    **{name: item.number(name) for name in ("index", "start", "size")},
-                    **{name: item.text(name) for name in ("type", "label", "uuid", "partuuid")},
+                    index=item.number("index"),
+                    type=item.text("type"),
+                    label=item.text("label"),
+                    start=item.number("start"),
+                    size=item.number("size"),
+                    uuid=item.text("uuid"),
+                    partuuid=item.text("partuuid"),
                 )
                 for item in read.items("partitions")
             ),
@@ -132,8 +140,10 @@ class ImageManifest:
         del value["directory"]
         return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
-    def verify(self) -> bmap.Bmap:
-        """Check that image, block map and description agree; returns the block map.
+    def verify_files(self) -> Bmap:
+        """Check that the files are there and belong together; returns the block map.
+
+        The image's bytes are not read: the block map has a digest of every range, which a flash checks as it writes.
 
         Raises:
             ManifestError: a file is missing or is not what the description says; the message names it.
@@ -148,6 +158,15 @@ class ImageManifest:
         size = self.image_path.stat().st_size
         if size != self.size:
             raise ManifestError(f"{self.image_path} has {size} bytes, its description says {self.size}")
+        return blocks
+
+    def verify(self) -> Bmap:
+        """Check every byte: that image, block map and description agree; returns the block map.
+
+        Raises:
+            ManifestError: a file is missing or is not what the description says; the message names it.
+        """
+        blocks = self.verify_files()
         _compare(self.image_path, self.sha256)
         bmap.check(self.image_path, blocks)
         return blocks
@@ -174,7 +193,12 @@ class _Fields:
         self._place = place
 
     def _wrong(self, name: str) -> ManifestError:
-        return ManifestError(f"{self._path}: {self._place}{name} is missing or malformed: {self._value.get(name)!r:.80}")
+        return ManifestError(
+            f"{self._path}: {self._place}{name} is missing or malformed: {self._value.get(name)!r:.80}"
+        )
+
+    def has(self, name: str) -> bool:
+        return self._value.get(name) is not None
 
     def text(self, name: str) -> str:
         value = self._value.get(name)

@@ -4,15 +4,14 @@ An MBR with one FAT-typed partition that holds a tar of `etc/picket/agent.toml`;
 scattered, so that a flash has holes to skip.
 """
 
-import hashlib
 import io
 import random
 import struct
 import tarfile
 from pathlib import Path
 
-from image.bmap import make_bmap
-from image.manifest import ImageManifest, Partition
+from image import bmap
+from image.manifest import ImageManifest, Package, Partition, digest
 
 NAME, VERSION = "picket-sample", "1"
 SIZE = 16 * 2**20
@@ -53,11 +52,11 @@ def master_boot_record() -> bytes:
     return bytes(record)
 
 
-def build(description: Path, agent: str = "-") -> ImageManifest:
+def build(description: Path) -> ImageManifest:
     """Write the sample image, its block map and its description beside each other; the same bytes each time."""
     folder = description.parent
     folder.mkdir(parents=True, exist_ok=True)
-    image, bmap = folder / f"{NAME}.img", folder / f"{NAME}.bmap"
+    image, block_map = folder / f"{NAME}.img", folder / f"{NAME}.bmap"
     scatter = random.Random(NAME)  # noqa: S311  (the same blocks each time is what is wanted)
     with image.open("wb") as file:
         file.truncate(SIZE)
@@ -67,19 +66,22 @@ def build(description: Path, agent: str = "-") -> ImageManifest:
         for start in range(PARTITION_START + PARTITION_SIZE, SIZE, 2**20):
             file.seek(start)
             file.write(scatter.randbytes(scatter.randrange(1, 2**19)))
-    block_map = str(make_bmap(image))
-    bmap.write_text(block_map)
+    block_map.write_text(bmap.write(bmap.create(image)))
     manifest = ImageManifest(
         name=NAME,
         version=VERSION,
-        agent=agent,
+        agent="-",
         image=image.name,
+        sha256=digest(image),
         size=SIZE,
-        sha256=hashlib.sha256(image.read_bytes()).hexdigest(),
-        bmap=bmap.name,
-        bmap_sha256=hashlib.sha256(block_map.encode()).hexdigest(),
-        partitions=(Partition(1, "0c", "SETTINGS", PARTITION_START, PARTITION_SIZE, "-"),),
-        packages=(),
+        compressed=None,
+        compressed_sha256=None,
+        bmap=block_map.name,
+        bmap_sha256=digest(block_map),
+        kernel="-",
+        partitions=(Partition(1, "tar", "SETTINGS", PARTITION_START, PARTITION_SIZE, "-", "-"),),
+        packages=(Package("sample", NAME, VERSION),),
+        directory=folder,
     )
-    description.write_text(str(manifest))
+    description.write_text(manifest.dump())
     return manifest
