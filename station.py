@@ -23,7 +23,8 @@ from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from image.manifest import ImageManifest, ManifestError
+from image.errors import ManifestError
+from image.manifest import ImageManifest
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -315,7 +316,7 @@ def load_image(description: Path) -> Image:
     """
     try:
         manifest = ImageManifest.load(description)
-        manifest.verify_files(description.parent)
+        manifest.verify_files()
     except ManifestError as error:
         raise StationFault(str(error), advice="Build the image again: make image") from error
     return Image(
@@ -323,8 +324,8 @@ def load_image(description: Path) -> Image:
         version=manifest.version,
         sha256=manifest.sha256,
         size=manifest.size,
-        path=description.parent / manifest.image,
-        block_map=description.parent / manifest.bmap,
+        path=manifest.image_path,
+        block_map=manifest.bmap_path,
     )
 
 

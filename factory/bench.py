@@ -116,8 +116,18 @@ class Shell(Protocol):
 class Stimulus(Protocol):
     """Something that moves in front of the PIR."""
 
+    @property
+    def settle_seconds(self) -> float:
+        """How long the sensor may fire by itself after its supply came; the quiet baseline begins after that."""
+        ...
+
+    @property
+    def reaction_seconds(self) -> float:
+        """How long after `wave` the movement may begin: nothing for a machine, a few seconds for an operator."""
+        ...
+
     def wave(self) -> None:
-        """Move once. Returns when the movement has begun."""
+        """Move once, or have somebody move."""
         ...
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from factory.bench import Agent, Bench, Image
 from factory.errors import UnitFault
@@ -14,17 +15,26 @@ BOOT_SECONDS = 120.0
 TAIL_LINES = 12
 
 
+@dataclass(frozen=True)
+class Booted:
+    """A unit in factory mode: since when it has power (monotonic clock), its banner, a session with its agent."""
+
+    powered: float
+    banner: Banner
+    agent: Agent
+
+
 @contextmanager
-def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) -> Iterator[tuple[Banner, Agent]]:
+def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) -> Iterator[Booted]:
     """Power the unit, and hold a session with its agent open for as long as the context lasts.
 
     Raises:
         UnitFault: no banner within `seconds`, a banner of another image, or not the host key of the banner.
     """
+    powered = time.monotonic()
     bench.power.on()
-    started = time.monotonic()
     banner = _await_banner(bench, step, seconds)
-    step.note("seconds_to_banner", round(time.monotonic() - started, 2))
+    step.note("seconds_to_banner", round(time.monotonic() - powered, 2))
     step.note("board", banner.board)
     step.note("image", banner.image)
     if banner.image != f"{image.name} {image.version}":
@@ -34,7 +44,7 @@ def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) 
         )
     with bench.shell.open(banner) as agent:
         step.note("host_key", banner.host_key)
-        yield banner, agent
+        yield Booted(powered, banner, agent)
 
 
 def _await_banner(bench: Bench, step: Step, seconds: float) -> Banner:

@@ -14,7 +14,9 @@ from pathlib import Path
 from factory.bench import Image, Medium, Storage
 from factory.errors import StationFault, UnitFault
 from factory.record import Step
-from image.bmap import BlockMap, BlockRange, BmapError, parse_bmap
+from image import bmap
+from image.bmap import Bmap
+from image.errors import ManifestError
 
 CHUNK = 4 * 2**20
 
@@ -36,7 +38,7 @@ def flash(storage: Storage, image: Image, step: Step) -> None:
         StationFault: the image does not match its block map; block 0 was not written.
     """
     block_map = load_block_map(image)
-    total = sum(_length(block_map, one) for one in block_map.ranges)
+    total = block_map.mapped_bytes
     with storage.attach() as medium:
         step.note("medium", medium.name)
         if medium.size < image.size:
@@ -54,22 +56,22 @@ def flash(storage: Storage, image: Image, step: Step) -> None:
     step.note("read_back_sha256", digest)
 
 
-def load_block_map(image: Image) -> BlockMap:
+def load_block_map(image: Image) -> Bmap:
     """The image's block map.
 
     Raises:
         StationFault: it is missing, damaged, or of another image.
     """
     try:
-        block_map = parse_bmap(image.block_map.read_text())
-    except (OSError, UnicodeDecodeError, BmapError) as error:
+        block_map = bmap.load(image.block_map)
+    except ManifestError as error:
         raise StationFault(f"the block map {image.block_map} is unusable: {error}", advice=_BAD_IMAGE) from error
     if block_map.image_size != image.size or not block_map.ranges or block_map.ranges[0].first != 0:
         raise StationFault(f"the block map {image.block_map} is not of image {image.path}", advice=_BAD_IMAGE)
     return block_map
 
 
-def _write(image: Image, block_map: BlockMap, medium: Medium, step: Step, total: int) -> bytes:
+def _write(image: Image, block_map: Bmap, medium: Medium, step: Step, total: int) -> bytes:
     """Write every mapped range but block 0, which is returned; hash while the medium is busy."""
     head, done = b"", 0
     descriptor = _open(image.path)
@@ -107,7 +109,7 @@ def _open(path: Path) -> int:
     return descriptor
 
 
-def _read_back(block_map: BlockMap, medium: Medium, step: Step, total: int) -> str:
+def _read_back(block_map: Bmap, medium: Medium, step: Step, total: int) -> str:
     """Compare every mapped range on the medium; the digest over the ranges' digests."""
     done, whole = total, hashlib.sha256()
     with ThreadPoolExecutor(1) as reader:
@@ -131,14 +133,9 @@ def _read_back(block_map: BlockMap, medium: Medium, step: Step, total: int) -> s
     return whole.hexdigest()
 
 
-def _length(block_map: BlockMap, one: BlockRange) -> int:
-    end = min((one.last + 1) * block_map.block_size, block_map.image_size)
-    return end - one.first * block_map.block_size
-
-
-def _chunks(block_map: BlockMap, one: BlockRange) -> Iterator[_Chunk]:
-    offset = one.first * block_map.block_size
-    end = offset + _length(block_map, one)
+def _chunks(block_map: Bmap, one: bmap.Range) -> Iterator[_Chunk]:
+    offset, length = block_map.span(one)
+    end = offset + length
     while offset < end:
         length = min(CHUNK, end - offset)
         yield _Chunk(offset, length)

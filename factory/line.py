@@ -62,7 +62,8 @@ def produce(
             bench.power.off()
             flash(bench.storage, image, step)
         with journal.step("boot") as step:
-            banner, agent = session.enter_context(boot(bench, image, step))
+            booted = session.enter_context(boot(bench, image, step))
+            banner, agent = booted.banner, booted.agent
         with journal.step("identify") as step:
             identity = identify(agent, banner, unit, image, journal.records, step)
         with journal.step("enrol") as step:
@@ -72,7 +73,7 @@ def produce(
         with journal.step("burn-in") as step:
             burn_in(agent, unit, enrolment, certificate, product.endpoint, cloud.trust_bundle(), step)
         with journal.step("self-test") as step:
-            self_test(agent, bench.stimulus, product.limits, step)
+            self_test(agent, bench.stimulus, booted.powered, product.limits, step)
         with journal.step("connect") as step:
             connect(agent, cloud, unit, identity, certificate, product.limits, step)
         with journal.step("seal") as step:

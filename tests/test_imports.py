@@ -14,7 +14,7 @@ ARROWS = {
     "firmware_agent": set[str](),
     "image": set[str](),
     "cloud": {"firmware_agent.topics"},
-    "factory": {"image.manifest", "image.bmap", "firmware_agent.wire", "firmware_agent.topics"},
+    "factory": {"image.manifest", "image.bmap", "image.errors", "firmware_agent.wire", "firmware_agent.topics"},
     "factory/drivers/simulated.py": {"firmware_agent"},
     "factory/drivers/faults.py": {"firmware_agent"},
 }

@@ -109,6 +109,16 @@ class SimulatedBoard:
         """Where SSH listens, or port 9 (discard, nobody listens) while it does not."""
         return "127.0.0.1", (self._system.ssh_port if self._system is not None else 0) or 9
 
+    @property
+    def settle_seconds(self) -> float:
+        """The simulated sensor is quiet from the start."""
+        return 0.0
+
+    @property
+    def reaction_seconds(self) -> float:
+        """It moves at once."""
+        return 0.0
+
     def wave(self) -> None:
         """Move in front of the sensor."""
         self.pir.wave()

@@ -1,6 +1,5 @@
 """The authority: profiles as a whole, and every request that it must refuse."""
 
-import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -211,7 +210,7 @@ def test_a_signing_ca_from_the_future_points_at_the_clock(tmp_path: Path) -> Non
 def test_a_key_that_is_not_the_certificates_is_the_signers_fault(tmp_path: Path) -> None:
     authority.create_authority(tmp_path / "a", PASSPHRASE)
     authority.create_authority(tmp_path / "b", PASSPHRASE)
-    os.replace(tmp_path / "b/signing.key", tmp_path / "a/signing.key")
+    (tmp_path / "b/signing.key").replace(tmp_path / "a/signing.key")
 
     with pytest.raises(SignerFault, match="not the key of"):
         authority.load_signing(tmp_path / "a", PASSPHRASE)
