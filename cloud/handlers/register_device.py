@@ -1,7 +1,7 @@
 """A device says hello: its row is written. A certificate appears: it is activated if the factory knows it.
 
 The second half is just-in-time registration, for a signing CA without a provisioning template. The factory's own
-records decide: the certificate's id is the SHA-256 of the whole certificate, so to know the id is to know the certificate.
+records decide: a certificate's id is the SHA-256 of all of it, so to know the id is to know the certificate.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Start, find and stop the local cloud.
 
 One local cloud per state directory. Its process holds the lock `<state>/lock` for its whole life and writes its pid
-into it, so a lock that is free means that nothing runs, whatever a stale pid says, and a lock that is held means that the
-pid in it is the right one to stop.
+into it, so a lock that is free means that nothing runs, whatever a stale pid says, and a lock that is held means that
+the pid in it is the right one to stop.
 """
 
 import contextlib

@@ -11,10 +11,12 @@ https://docs.aws.amazon.com/lambda/latest/dg/invocation-async.html.
 """
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import inspect
+import json
 import logging
 import random
 import socket
@@ -70,6 +72,12 @@ WRAPPED: Mapping[str, Mapping[str, str]] = {
     "ministack.services.sns": {
         "_publish": "(params)",
         "_sms_log_for": "(phone_number: str) -> list",
+    },
+    "ministack.core.iam_actions": {
+        "extract_resource_arn": (
+            "(service: str, method: str, path: str, headers: dict, body: bytes, query_params: dict,"
+            " region: str, account_id: str) -> str"
+        ),
     },
     "ministack.app": {
         "_build_persistence_save_dict": "()",
@@ -132,6 +140,7 @@ def install(behaviour: Behaviour, mqtt_socket: socket.socket) -> None:
     provision_just_in_time(behaviour)
     drop_sessions_of_dead_certificates()
     invoke_functions_as_aws_does()
+    name_the_target_of_a_policy()
     date_text_messages()
 
 
@@ -289,6 +298,29 @@ def invoke_functions_as_aws_does() -> None:
     iot._dispatch_rule_to_lambda = dispatch  # noqa: SLF001
 
 
+def name_the_target_of_a_policy() -> None:
+    """AttachPolicy and DetachPolicy are permitted by the certificate they act on, as at AWS; ministack asks for "*".
+
+    https://docs.aws.amazon.com/service-authorization/latest/reference/list_awsiot.html
+    """
+    iam_actions = _module("ministack.core.iam_actions")
+    extract = iam_actions.extract_resource_arn
+
+    @functools.wraps(extract)
+    def with_target(
+        service: str, method: str, path: str, headers: dict[str, str], body: bytes, *others: Any, **named: Any
+    ) -> str:
+        if service == "iot" and path.startswith("/target-policies/"):
+            with contextlib.suppress(ValueError):
+                target = (json.loads(body) or {}).get("target")
+                if isinstance(target, str):
+                    return target
+        found: str = extract(service, method, path, headers, body, *others, **named)
+        return found
+
+    iam_actions.extract_resource_arn = with_target
+
+
 def date_text_messages() -> None:
     """Stamp every text message in the outbox with the time it arrived there (`PublishedAt`, Unix seconds)."""
     sns = _module("ministack.services.sns")
@@ -334,7 +366,14 @@ def keep_functions_warm() -> None:
             runtime.release_worker(worker)
 
 
+#: What of ministack's state is the stack's; the rest is empty.
+_OURS = frozenset(
+    {"cloudformation", "cloudwatch", "cloudwatch_logs", "dynamodb", "iam", "iot", "lambda", "s3", "sns", "sqs", "sts"}
+)
+
+
 def save_state() -> None:
     """Write everything down now. ministack alone does so only when it is asked to stop, and a power cut never asks."""
     app = _module("ministack.app")
-    app.save_all(app._build_persistence_save_dict())  # noqa: SLF001
+    services = app._build_persistence_save_dict()  # noqa: SLF001
+    app.save_all({name: get for name, get in services.items() if name in _OURS})

@@ -132,17 +132,19 @@ async def _serve(settings: Settings, http: socket.socket, mqtt: socket.socket) -
     hypercorn = importlib.import_module("hypercorn.asyncio")
     app = importlib.import_module("ministack.app")
     config = importlib.import_module("hypercorn.config").Config()
-    config.bind = [f"fd://{http.fileno()}"]
+    port = http.getsockname()[1]
+    config.bind = [f"fd://{http.detach()}"]  # hypercorn closes it
     config.loglevel = settings.log_level
     config.keep_alive_timeout = 75
     config.graceful_timeout = 0.5
+    logging.getLogger("persistence").setLevel(logging.WARNING)  # it names every file, every time
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if settings.follow is not None:  # the launcher's end of this pipe closes when the launcher dies
         loop.add_reader(settings.follow, stop.set)
-    tending = asyncio.create_task(_tend(settings, http.getsockname()[1], mqtt.getsockname()[1]))
+    tending = asyncio.create_task(_tend(settings, port, mqtt.getsockname()[1]))
     tending.add_done_callback(lambda task: None if task.cancelled() else stop.set())
     await hypercorn.serve(app.app, config, shutdown_trigger=stop.wait)
     tending.cancel()
