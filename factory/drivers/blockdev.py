@@ -125,8 +125,8 @@ class _Disk:
         """Whether it takes a hint that its content is not needed. What it then reads as is anybody's guess."""
         return int(self._attribute("queue/discard_max_bytes") or 0) > 0
 
-    def everything_on_it(self) -> Iterator[tuple[str, str]]:
-        """(number, name) of the disk, its partitions, and all that is built on them: LVM, RAID, encryption."""
+    def everything_on_it(self) -> Iterator[tuple[str, Path]]:
+        """Number and sysfs folder of the disk, its partitions, and all that is built on them: LVM, RAID, encryption."""
         waiting, seen = [self.sysfs.resolve()], set()
         while waiting:
             place = waiting.pop()
@@ -134,7 +134,7 @@ class _Disk:
             if number is None or number in seen:
                 continue
             seen.add(number)
-            yield number, place.name
+            yield number, place
             waiting += [part.parent for part in place.glob("*/partition")]
             waiting += [holder.resolve() for holder in place.glob("holders/*")]
 
@@ -204,7 +204,7 @@ def _refuse_used(disk: _Disk) -> None:
             advice="If it really is the unit's medium, unmount it, and switch off the desktop's automatic mounting. "
             + _OTHER_DISK,
         )
-    held = [name for _, name in on_it if any((Path("/sys/class/block") / name / "holders").glob("*"))]
+    held = [place.name for _, place in on_it if any(place.glob("holders/*"))]
     if held:
         raise UserMistake(
             f"{disk.path} is in use: a RAID, LVM or encrypted volume is built on {held[0]}", advice=_OTHER_DISK
@@ -335,6 +335,8 @@ class BlockMedium:
         self._descriptor = descriptor
         self.name = disk.name
         self.size = os.lseek(descriptor, 0, os.SEEK_END)
+        self._free: list[memoryview] = []
+        self._sector: int
         (self._sector,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKSSZGET, b"\0" * 4))
 
     def discard(self) -> None:
@@ -373,17 +375,17 @@ class BlockMedium:
         view = memoryview(data)
         if offset < 0 or offset + len(view) > self.size:
             raise StationFault(f"{self.name}: a write past its end at byte {offset:,}")
-        buffer = _aligned(min(CHUNK, len(view) + 2 * self._sector))
-        while view:
-            start = offset - offset % self._sector
-            before = offset - start
-            taken = min(len(view), len(buffer) - before)
-            span = self._rounded_up(before + taken)
-            if span != taken:
-                buffer[:span] = self.read(start, span)
-            buffer[before : before + taken] = view[:taken]
-            self._transfer(os.pwritev, buffer[:span], start, "written")
-            offset, view = offset + taken, view[taken:]
+        with self._buffer(CHUNK) as buffer:
+            while view:
+                start = offset - offset % self._sector
+                before = offset - start
+                taken = min(len(view), CHUNK - before)
+                span = self._rounded_up(before + taken)
+                if span != taken:
+                    buffer[:span] = self.read(start, span)
+                buffer[before : before + taken] = view[:taken]
+                self._transfer(os.pwritev, buffer[:span], start, "written")
+                offset, view = offset + taken, view[taken:]
 
     def flush(self) -> None:
         """Have the device empty its own write cache. There is no cache of ours to forget: see `read`.
@@ -405,11 +407,20 @@ class BlockMedium:
             raise StationFault(f"{self.name}: a read past its end at byte {offset:,}")
         start = offset - offset % self._sector
         span = self._rounded_up(offset + length - start)
-        if not span:
-            return b""
-        buffer = _aligned(span)
-        self._transfer(os.preadv, buffer[:span], start, "read")
-        return bytes(buffer[offset - start : offset - start + length])
+        with self._buffer(span) as buffer:
+            self._transfer(os.preadv, buffer[:span], start, "read")
+            return bytes(buffer[offset - start : offset - start + length])
+
+    @contextmanager
+    def _buffer(self, length: int) -> Iterator[memoryview]:
+        """At least `length` bytes of whole pages, as O_DIRECT needs them; kept, for to map new ones costs a copy."""
+        try:
+            pages = self._free.pop() if length <= CHUNK else _pages(length)
+        except IndexError:
+            pages = _pages(CHUNK)
+        yield pages
+        if len(pages) == CHUNK:
+            self._free.append(pages)
 
     def _rounded_up(self, length: int) -> int:
         return -(-length // self._sector) * self._sector
@@ -473,6 +484,6 @@ class BlockMedium:
         raise fault from error
 
 
-def _aligned(length: int) -> memoryview:
-    """Memory that O_DIRECT takes: whole pages. A page is a multiple of every sector size."""
+def _pages(length: int) -> memoryview:
+    """Whole pages of memory; a page is a multiple of every sector's size."""
     return memoryview(mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE))
