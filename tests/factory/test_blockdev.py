@@ -22,6 +22,7 @@ import pytest
 from factory.bench import Image, Medium
 from factory.drivers import blockdev
 from factory.drivers.blockdev import BlockMedium, BlockStorage
+from factory.drivers.rpi import open_bench
 from factory.errors import LinkFault, StationFault, UnitFault, UserMistake
 from factory.flash import flash
 from factory.record import NoWatcher, Step
@@ -187,6 +188,44 @@ def test_flash_leaves_the_image_and_zeros_in_every_hole_of_a_used_card(card: Car
     assert f"{card.device} (0.0 GB)" == step.notes["medium"]
 
 
+class Carrier:
+    """An operator who obeys."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def ask(self, what: str) -> None:
+        self.asked.append(what)
+
+    def tell(self, what: str) -> None:
+        """Nothing to do at once."""
+
+
+@needs_loop
+def test_a_bench_opened_from_its_options_flashes_the_card_that_the_operator_brings(
+    plain_card: Card, image: Image
+) -> None:
+    operator, (master, slave) = Carrier(), os.openpty()
+    options = {
+        "storage": f"block:{plain_card.device}",
+        "storage_again": f"block:{plain_card.device}",
+        "console": f"serial:{os.ttyname(slave)}",
+        "shell": "ssh:",
+        "power": "operator:",
+        "stimulus": "operator:",
+    }
+
+    with open_bench(Path("key"), options, operator) as bench:
+        flash(bench.storage, image, a_step())
+    os.close(master)
+    os.close(slave)
+
+    assert image.path.read_bytes() == plain_card.content()[: image.size]
+    assert [f"Switch the board's power off, then put the unit's card into the reader {plain_card.device}."] == (
+        operator.asked
+    )
+
+
 @needs_loop
 def test_flashing_twice_is_flashing_once(plain_card: Card, image: Image) -> None:
     flash(plain_card.storage(), image, a_step())
@@ -314,6 +353,17 @@ def test_any_offset_and_length_is_written_and_read_whole(plain_card: Card, offse
     whole = bytearray(DIRT * 16 * MIB)
     whole[offset : offset + length] = data
     assert whole == plain_card.content()
+
+
+@needs_loop
+def test_a_medium_with_large_sectors_takes_any_offset_too(tmp_path: Path) -> None:
+    with attached(dirty(tmp_path / "card", MIB), "--sector-size", "4096") as card:
+        with card.storage().attach() as medium:
+            medium.write(4000, b"across two sectors" * 20)
+            medium.flush()
+
+            assert b"across two sectors" * 20 == medium.read(4000, 360)
+        assert DIRT * 4000 + b"across two sectors" * 20 + DIRT * 100 == card.content()[:4460]
 
 
 @needs_loop
