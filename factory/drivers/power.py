@@ -1,7 +1,9 @@
 """The unit's supply: the operator's hand on the switch, or a USB hub that can cut the power of one port."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from typing import Protocol
@@ -131,12 +133,16 @@ def run(command: list[str]) -> str:
     Raises:
         StationFault: it is not installed, failed, or did not end.
     """
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False)
-    except FileNotFoundError as error:
+    # Debian keeps uhubctl in /usr/sbin, which is on root's PATH only.
+    program = shutil.which(command[0], path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+    if program is None:
         raise StationFault(
             f"{command[0]} is not installed", advice=f"Install Debian's package {command[0]}: apt install {command[0]}"
-        ) from error
+        )
+    try:
+        done = subprocess.run(
+            [program, *command[1:]], stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise StationFault(f"`{shlex.join(command)}` did not end within {_SECONDS} s") from error
     said = (done.stdout + done.stderr).decode(errors="replace")
