@@ -1,11 +1,12 @@
 """Prove by real connections what the cloud lets in and what it keeps out.
 
-The doctor makes a signing CA of its own, registers it, lets a throw-away unit join by it, then tries what must not work:
-no certificate, a foreign CA, another unit's client id, a foreign topic, a certificate that was switched off. All that
-it made is removed in the end. A refusal counts only beside the good unit's acceptance, or a dead server would pass.
+The doctor makes a signing CA of its own, registers it, lets a throw-away unit join by it, then tries what must not
+work: no certificate, a foreign CA, another unit's client id, a foreign topic, a certificate switched off. Everything it
+made is removed in the end. A refusal counts only beside the good unit's acceptance, or a dead server would pass.
 """
 
 import contextlib
+import functools
 import secrets
 import threading
 import time
@@ -22,7 +23,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cloud.errors import CloudError
 from cloud.registry import Endpoint, Registry, certificate_id
 from cloud.target import Target, translated
 from firmware_agent.topics import data_topic
@@ -250,69 +250,21 @@ def attempt(endpoint: Endpoint, trust: str, client_id: str, credentials: Credent
         return result
 
 
-def examine(target: Target, progress: Callable[[str], None] = lambda _: None) -> list[Check]:
-    """Run every check against the target's stack.
+@dataclass(frozen=True)
+class Case:
+    """What every check works with: the cloud, and the doctor's own good unit."""
 
-    Raises:
-        CloudError: the cloud cannot be asked at all, or the stack is not there.
-    """
-    registry = Registry(target)
-    endpoint, trust = registry.endpoint(), registry.trust_bundle()
-    serial = f"DOCTOR-{secrets.token_hex(4).upper()}"
-    authority = ThrowAwayAuthority(f"Picket doctor {serial}")
-    leaf = authority.leaf(serial)
-    progress("registering a throw-away signing CA")
-    ca_id = registry.register_signing_ca(authority.pem, authority.verification)
-    try:
-        progress("letting a throw-away unit join")
-        good = _joins(registry, endpoint, trust, serial, leaf)
-        if not good.passed:
-            unjudged = "cannot be judged while a good unit is not let in"
-            return [good, *(Check(name, passed=False, sentence=unjudged) for name in _REFUSALS)]
-        progress("trying what must not work")
-        return [good, *(check(target, endpoint, trust, serial, leaf) for check in _REFUSALS.values())]
-    finally:
-        progress("removing what the doctor made")
-        _remove(target, ca_id, serial, leaf)
+    target: Target
+    registry: Registry
+    endpoint: Endpoint
+    trust: str
+    serial: str
+    leaf: Credentials
+    foreigner: Credentials
 
-
-def _joins(registry: Registry, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
-    name = "a good unit joins"
-    first = attempt(endpoint, trust, serial, leaf)
-    if first.accepted:
-        return Check(name, passed=False, sentence="its first connection was accepted: JITP hangs up the first one")
-    deadline = time.monotonic() + JITP_SECONDS
-    while (found := registry.certificate(leaf.certificate_id)) is None or found.status != "ACTIVE":
-        if time.monotonic() > deadline:
-            why = registry.diagnose(leaf.certificate) or f"its first connection ended with: {first.detail}"
-            state = found.status if found else "unknown to the cloud"
-            return Check(name, passed=False, sentence=f"its certificate is still {state}: {why}")
-        time.sleep(0.2)
-    thing = registry.thing(serial)
-    if thing is None or leaf.certificate_id not in thing.certificate_ids:
-        return Check(name, passed=False, sentence="its certificate is ACTIVE but there is no thing for it")
-    second = attempt(endpoint, trust, serial, leaf)
-    if not second.accepted:
-        return Check(name, passed=False, sentence=f"its certificate is ACTIVE, yet it is refused: {second.detail}")
-    return Check(name, passed=True, sentence="the first connection was hung up, the next one held")
-
-
-def _refused(name: str, result: Attempt, what: str) -> Check:
-    if result.accepted:
-        return Check(name, passed=False, sentence=f"{what} was let in")
-    return Check(name, passed=True, sentence=f"{what} was refused ({result.detail})")
-
-
-def _no_certificate(_: Target, endpoint: Endpoint, trust: str, serial: str, __: Credentials) -> Check:
-    return _refused("no client certificate", attempt(endpoint, trust, serial, None), "a client without a certificate")
-
-
-def _unknown_ca(target: Target, endpoint: Endpoint, trust: str, serial: str, __: Credentials) -> Check:
-    stranger = foreign_authority().leaf(serial)
-    result = attempt(endpoint, trust, serial, stranger)
-    if Registry(target).certificate(stranger.certificate_id) is not None:  # a hang-up alone could be JITP at work
-        return Check("unknown CA", passed=False, sentence="a certificate of an unknown CA was registered")
-    return _refused("unknown CA", result, "a certificate of an unknown CA")
+    def attempt(self, credentials: Credentials | None, client_id: str | None = None) -> Attempt:
+        """Connect as the good unit would, but with these credentials, or under another client id."""
+        return attempt(self.endpoint, self.trust, client_id or self.serial, credentials)
 
 
 def foreign_authority() -> ThrowAwayAuthority:
@@ -320,33 +272,104 @@ def foreign_authority() -> ThrowAwayAuthority:
     return ThrowAwayAuthority("Picket doctor, nobody's CA")
 
 
-def _wrong_client_id(_: Target, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
-    return _refused("wrong client id", attempt(endpoint, trust, serial + "-X", leaf), "a unit under another's name")
+def examine(target: Target, progress: Callable[[str], None] = lambda _: None) -> list[Check]:
+    """Run every check against the target's stack.
+
+    Raises:
+        CloudError: the cloud cannot be asked at all, or the stack is not there.
+    """
+    registry = Registry(target)
+    serial = f"DOCTOR-{secrets.token_hex(4).upper()}"
+    authority = ThrowAwayAuthority(f"Picket doctor {serial}")
+    case = Case(
+        target=target,
+        registry=registry,
+        endpoint=registry.endpoint(),
+        trust=registry.trust_bundle(),
+        serial=serial,
+        leaf=authority.leaf(serial),
+        foreigner=foreign_authority().leaf(serial),
+    )
+    progress("registering a throw-away signing CA")
+    ca_id = registry.register_signing_ca(authority.pem, authority.verification)
+    try:
+        progress("letting a throw-away unit join")
+        good = _joins(case)
+        if not good.passed:
+            unjudged = "cannot be judged while a good unit is not let in"
+            return [good, *(Check(name, passed=False, sentence=unjudged) for name in _REFUSALS)]
+        progress("trying what must not work")
+        return [good, *(Check(name, *check(case)) for name, check in _REFUSALS.items())]
+    finally:
+        progress("removing what the doctor made")
+        _remove(case, ca_id)
 
 
-def _foreign_topic(_: Target, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
-    name = "topic outside the policy"
-    attempts: tuple[tuple[str, Callable[[Connection], bool]], ...] = (
-        ("a message on another unit's topic", lambda link: link.publish(data_topic(serial + "-X", KIND))),
+def _joins(case: Case) -> Check:
+    name = "a good unit joins"
+    first = case.attempt(case.leaf)
+    if first.accepted:
+        return Check(name, passed=False, sentence="its first connection was accepted: JITP hangs up the first one")
+    deadline = time.monotonic() + JITP_SECONDS
+    while (found := case.registry.certificate(case.leaf.certificate_id)) is None or found.status != "ACTIVE":
+        if time.monotonic() > deadline:
+            why = case.registry.diagnose(case.leaf.certificate) or f"its first connection ended with: {first.detail}"
+            state = found.status if found else "unknown to the cloud"
+            return Check(name, passed=False, sentence=f"its certificate is still {state}: {why}")
+        time.sleep(0.2)
+    thing = case.registry.thing(case.serial)
+    if thing is None or case.leaf.certificate_id not in thing.certificate_ids:
+        return Check(name, passed=False, sentence="its certificate is ACTIVE but there is no thing for it")
+    second = case.attempt(case.leaf)
+    if not second.accepted:
+        return Check(name, passed=False, sentence=f"its certificate is ACTIVE, yet it is refused: {second.detail}")
+    return Check(name, passed=True, sentence="the first connection was hung up, the next one held")
+
+
+Verdict = tuple[bool, str]
+
+
+def _refused(result: Attempt, what: str) -> Verdict:
+    return (False, f"{what} was let in") if result.accepted else (True, f"{what} was refused ({result.detail})")
+
+
+def _no_certificate(case: Case) -> Verdict:
+    return _refused(case.attempt(None), "a client without a certificate")
+
+
+def _unknown_ca(case: Case) -> Verdict:
+    result = case.attempt(case.foreigner)
+    if case.registry.certificate(case.foreigner.certificate_id) is not None:  # a hang-up alone could be JITP at work
+        return False, "a certificate of an unknown CA was registered"
+    return _refused(result, "a certificate of an unknown CA")
+
+
+def _wrong_client_id(case: Case) -> Verdict:
+    return _refused(case.attempt(case.leaf, case.serial + "-X"), "a unit under another's name")
+
+
+def _foreign_topic(case: Case) -> Verdict:
+    acts: tuple[tuple[str, Callable[[Connection], bool]], ...] = (
+        ("a message on another unit's topic", lambda link: link.publish(data_topic(case.serial + "-X", KIND))),
         ("a subscription to other units' data", lambda link: link.subscribe("dt/picket/#")),
     )
-    for what, act in attempts:
-        with connection(endpoint, trust, serial, leaf) as (link, result):
+    for what, act in acts:
+        with connection(case.endpoint, case.trust, case.serial, case.leaf) as (link, result):
             if not result.accepted:
-                return Check(name, passed=False, sentence=f"the good unit did not get in again: {result.detail}")
+                return False, f"the good unit did not get in again: {result.detail}"
             if act(link):
-                return Check(name, passed=False, sentence=f"{what} was accepted")
-    return Check(name, passed=True, sentence="messages and subscriptions about other units were refused")
+                return False, f"{what} was accepted"
+    return True, "messages and subscriptions about other units were refused"
 
 
-def _inactive(target: Target, endpoint: Endpoint, trust: str, serial: str, leaf: Credentials) -> Check:
-    with translated(target, "switching the doctor's certificate off"):
-        target.iot.update_certificate(certificateId=leaf.certificate_id, newStatus="INACTIVE")
-    return _refused("inactive certificate", attempt(endpoint, trust, serial, leaf), "a certificate switched off")
+def _inactive(case: Case) -> Verdict:
+    with translated(case.target, "switching the doctor's certificate off"):
+        case.target.iot.update_certificate(certificateId=case.leaf.certificate_id, newStatus="INACTIVE")
+    return _refused(case.attempt(case.leaf), "a certificate switched off")
 
 
 #: In this order: the last one switches the good unit off.
-_REFUSALS: dict[str, Callable[[Target, Endpoint, str, str, Credentials], Check]] = {
+_REFUSALS: dict[str, Callable[[Case], Verdict]] = {
     "no client certificate": _no_certificate,
     "unknown CA": _unknown_ca,
     "wrong client id": _wrong_client_id,
@@ -355,22 +378,21 @@ _REFUSALS: dict[str, Callable[[Target, Endpoint, str, str, Credentials], Check]]
 }
 
 
-def _remove(target: Target, ca_id: str, serial: str, leaf: Credentials) -> None:
+def _remove(case: Case, ca_id: str) -> None:
     """Take everything away again; AWS detaches in its own time, so deletions are tried for a while."""
-    iot = target.iot
-    with translated(target, "removing what the doctor made"), contextlib.suppress(CloudError):
+    iot = case.target.iot
+    with translated(case.target, "removing what the doctor made"):
         iot.update_ca_certificate(certificateId=ca_id, newStatus="INACTIVE", newAutoRegistrationStatus="DISABLE")
+        for credentials in (case.leaf, case.foreigner):
+            if case.registry.certificate(credentials.certificate_id) is not None:
+                case.registry.retire(credentials.certificate, credentials.certificate_id)
+                _eventually(
+                    functools.partial(
+                        iot.delete_certificate, certificateId=credentials.certificate_id, forceDelete=True
+                    )
+                )
         with contextlib.suppress(iot.exceptions.ResourceNotFoundException):
-            description = iot.describe_certificate(certificateId=leaf.certificate_id)["certificateDescription"]
-            arn = description["certificateArn"]
-            iot.update_certificate(certificateId=leaf.certificate_id, newStatus="REVOKED")
-            for thing in iot.list_principal_things(principal=arn)["things"]:
-                iot.detach_thing_principal(thingName=thing, principal=arn)
-            for policy in iot.list_attached_policies(target=arn)["policies"]:
-                iot.detach_policy(policyName=policy["policyName"], target=arn)
-            _eventually(lambda: iot.delete_certificate(certificateId=leaf.certificate_id, forceDelete=True))
-        with contextlib.suppress(iot.exceptions.ResourceNotFoundException):
-            _eventually(lambda: iot.delete_thing(thingName=serial))
+            _eventually(lambda: iot.delete_thing(thingName=case.serial))
         _eventually(lambda: iot.delete_ca_certificate(certificateId=ca_id))
 
 

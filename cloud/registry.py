@@ -8,8 +8,6 @@ import functools
 import hashlib
 import re
 import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +18,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloud import stack
-from cloud.errors import CloudMisconfigured, CloudUnreachable
+from cloud.errors import CloudMisconfigured
 from cloud.handlers import clock, table
 from cloud.jitp import SUBJECT_ATTRIBUTES, missing_parameters, subject_parameters
+from cloud.local import launcher
 from cloud.target import Target, translated
 
 #: The roots that AWS IoT's data endpoints chain to: RSA and ECC.
@@ -123,13 +122,7 @@ class Registry:
         """The PEM certificates by which a device knows the endpoint."""
         if self.target.local is None:
             return amazon_roots()
-        url = f"{self.target.local.url}/_ministack/iot/ca.pem"
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - a loopback address of our own
-                pem: str = answer.read().decode()
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise CloudUnreachable(f"no local cloud at {url}: start it by `python -m cloud up`") from error
-        return pem
+        return launcher.fetch(self.target.local, "/_ministack/iot/ca.pem")
 
     # -- the signing CA
 

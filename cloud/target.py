@@ -1,6 +1,7 @@
 """Where we deploy to and ask: an AWS account, or the local cloud. Nothing beyond this file knows which."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import boto3
 import botocore.exceptions
+import botocore.session
 from botocore.config import Config
 
 from cloud.errors import CloudError, CloudMisconfigured, CloudUnreachable
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_iot import IoTClient
+    from mypy_boto3_lambda import LambdaClient
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_sns import SNSClient
+    from mypy_boto3_sqs import SQSClient
     from mypy_boto3_sts import STSClient
 
 STACK = "picket"
@@ -45,38 +50,55 @@ class Target:
         return 0.1 if self.local else 3.0
 
     @property
+    def _config(self) -> Config:
+        """A station waits for the network, but not for ever; throttled calls are tried again, where there are any."""
+        return Config(
+            connect_timeout=5,
+            read_timeout=30,
+            retries={"mode": "standard", "max_attempts": 1 if self.local else 4},
+            s3={"addressing_style": "path"},
+            proxies={} if self.local else None,  # a proxy has no way to this machine's loopback
+        )
+
+    @property
     def iot(self) -> "IoTClient":
         """AWS IoT's control plane."""
-        return self.session.client("iot", endpoint_url=self.endpoint_url, config=_CONFIG)
+        return self.session.client("iot", endpoint_url=self.endpoint_url, config=self._config)
 
     @property
     def dynamodb(self) -> "DynamoDBClient":
         """The table's service."""
-        return self.session.client("dynamodb", endpoint_url=self.endpoint_url, config=_CONFIG)
+        return self.session.client("dynamodb", endpoint_url=self.endpoint_url, config=self._config)
 
     @property
     def cloudformation(self) -> "CloudFormationClient":
         """The stack's service."""
-        return self.session.client("cloudformation", endpoint_url=self.endpoint_url, config=_CONFIG)
+        return self.session.client("cloudformation", endpoint_url=self.endpoint_url, config=self._config)
 
     @property
     def s3(self) -> "S3Client":
         """Where the functions' code is put."""
-        return self.session.client("s3", endpoint_url=self.endpoint_url, config=_CONFIG)
+        return self.session.client("s3", endpoint_url=self.endpoint_url, config=self._config)
+
+    @property
+    def functions(self) -> "LambdaClient":
+        """The functions, to call one by hand."""
+        return self.session.client("lambda", endpoint_url=self.endpoint_url, config=self._config)
+
+    @property
+    def sqs(self) -> "SQSClient":
+        """The dead letters."""
+        return self.session.client("sqs", endpoint_url=self.endpoint_url, config=self._config)
+
+    @property
+    def sns(self) -> "SNSClient":
+        """The operations topic."""
+        return self.session.client("sns", endpoint_url=self.endpoint_url, config=self._config)
 
     @property
     def sts(self) -> "STSClient":
         """Who we are."""
-        return self.session.client("sts", endpoint_url=self.endpoint_url, config=_CONFIG)
-
-
-#: A station waits for the network, but not for ever; throttled calls are tried again.
-_CONFIG = Config(
-    connect_timeout=5,
-    read_timeout=30,
-    retries={"mode": "standard", "max_attempts": 4},
-    s3={"addressing_style": "path"},
-)
+        return self.session.client("sts", endpoint_url=self.endpoint_url, config=self._config)
 
 
 def local_target(state: Path = DEFAULT_STATE) -> Target:
@@ -88,7 +110,17 @@ def local_target(state: Path = DEFAULT_STATE) -> Target:
     endpoint = launcher.find(state)
     if endpoint is None:
         raise CloudUnreachable(f"no local cloud runs on {state}: start it by `python -m cloud up`")
-    session = boto3.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)
+    # no profile, no files, nothing from the environment: the user's AWS settings are for AWS
+    ours = botocore.session.Session(
+        session_vars={
+            "profile": (None, None, None, None),
+            "config_file": (None, None, os.devnull, None),
+            "credentials_file": (None, None, os.devnull, None),
+        }
+    )
+    session = boto3.Session(
+        aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION, botocore_session=ours
+    )
     return Target("local", REGION, session, endpoint.url, endpoint)
 
 

@@ -215,18 +215,28 @@ def running(
         os.close(ours)
 
 
+def fetch(endpoint: LocalEndpoint, path: str) -> str:
+    """What the local cloud's own interface answers; never by way of a proxy.
+
+    Raises:
+        CloudUnreachable: the local cloud does not answer.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(endpoint.url + path, timeout=5) as answer:
+            text: str = answer.read().decode()
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise CloudUnreachable(f"no local cloud at {endpoint.url}: start it by `python -m cloud up`") from error
+    return text
+
+
 def sms(endpoint: LocalEndpoint, since: datetime | None = None) -> list[Sms]:
     """The text messages in the outbox, oldest first, from `since` (aware, inclusive) on.
 
     Raises:
         CloudUnreachable: the local cloud does not answer.
     """
-    url = f"{endpoint.url}/_ministack/sns/sms-messages"
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - a loopback address of our own
-            outbox = json.load(answer)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise CloudUnreachable(f"no local cloud at {endpoint.url}: start it by `python -m cloud up`") from error
+    outbox = json.loads(fetch(endpoint, "/_ministack/sns/sms-messages"))
     found = [
         Sms(number, entry["Message"], datetime.fromtimestamp(entry["PublishedAt"], UTC), entry["MessageId"])
         for number, entries in outbox["sms_messages"].items()

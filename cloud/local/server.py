@@ -155,7 +155,7 @@ async def _serve(settings: Settings, http: socket.socket, mqtt: socket.socket) -
 async def _tend(settings: Settings, port: int, mqtt_port: int) -> None:
     """Say when everything listens; then keep functions warm and the state on disk."""
     iot = importlib.import_module("ministack.services.iot")
-    while not (iot.mtls_is_listening() and await _answers(port)):
+    while not (iot.mtls_is_listening() and await _answers(port)):  # noqa: ASYNC110 - no event to wait for
         await asyncio.sleep(0.02)
     await iot._mtls_context()  # noqa: SLF001 - makes the server's key now rather than in the first handshake
     endpoint = LocalEndpoint(

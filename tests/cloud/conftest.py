@@ -152,12 +152,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         registry = Registry(target)
         authority = ThrowAwayAuthority("Picket test signing CA")
         registry.register_signing_ca(authority.pem, authority.verification)
-        sqs = target.session.client("sqs", endpoint_url=target.endpoint_url)
+        sqs = target.sqs
         queue = sqs.create_queue(QueueName="told")["QueueUrl"]
         arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         allowed = {"Effect": "Allow", "Principal": "*", "Action": "sqs:SendMessage", "Resource": arn}
         sqs.set_queue_attributes(QueueUrl=queue, Attributes={"Policy": json.dumps({"Statement": [allowed]})})
-        sns = target.session.client("sns", endpoint_url=target.endpoint_url)
+        sns = target.sns
         sns.subscribe(TopicArn=outputs["Operations"], Protocol="sqs", Endpoint=arn)
         sns.close()
         yield Fleet(

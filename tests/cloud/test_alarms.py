@@ -30,7 +30,7 @@ _phone.count = 0  # type: ignore[attr-defined]
 
 def _invoke(fleet: Fleet, event: dict[str, Any]) -> dict[str, Any]:
     """Call the function as Lambda does, and wait for its answer."""
-    client = fleet.target.session.client("lambda", endpoint_url=fleet.target.endpoint_url)
+    client = fleet.target.functions
     answer = client.invoke(FunctionName=fleet.outputs["ProcessAlarm"], Payload=json.dumps(event).encode())
     body: dict[str, Any] = json.load(answer["Payload"])
     client.close()
