@@ -27,7 +27,7 @@ from typing import Any
 import paramiko
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from gpiozero.pins.mock import MockFactory
+from gpiozero.pins.mock import MockFactory, MockPin
 from paramiko.ed25519key import Ed25519Key
 
 from factory.bench import Bench
@@ -67,7 +67,7 @@ class SimulatedBoard:
         self.serial = _kept(place / "soc-serial", lambda: f"10000000{secrets.token_hex(4)}")
         size = MEDIUM_BYTES // 8 if injected.SMALL_MEDIUM in faults else MEDIUM_BYTES
         self.storage = _SimulatedStorage(self, place / "medium.img", size)
-        self.pins = MockFactory()
+        self.pins = MockFactory(pin_class=_DrivenPin)
         self.pir = Pir(self._drive, fault=next((PirFault(one) for one in sorted(faults) if one in set(PirFault)), None))
         self._system: _System | None = None
         self.console = _Console()
@@ -148,6 +148,15 @@ class SimulatedBoard:
         )
         tpm = replace(settings.tpm, tcti="")
         return replace(settings, paths=paths, tpm=tpm)
+
+
+class _DrivenPin(MockPin):  # type: ignore[misc]  # gpiozero is not typed
+    """A pin whose wire somebody drives: the pull resistor, set when the agent opens the line, does not move it."""
+
+    def _set_pull(self, value: str) -> None:
+        driven = self.state
+        super()._set_pull(value)
+        self._change_state(driven)
 
 
 def _new_host_key() -> bytes:

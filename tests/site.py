@@ -1,0 +1,136 @@
+"""A factory site for tests: a real local cloud with the real stack, an authority, the sample image, and bench files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cloud import stack
+from cloud.local import launcher
+from cloud.local.endpoint import LocalEndpoint
+from cloud.registry import Registry
+from cloud.target import Target, local_target
+from factory import authority
+from factory.record import Records, RunView
+from image import factory_key, sample
+from station import Attempt, Station, register
+
+ROOT = Path(__file__).parent.parent
+PASSPHRASE = b"correct horse battery staple"
+
+BENCH = """\
+name = "{name}"
+station = "test"
+product = "Picket motion alarm"
+batch = "WO-0001"
+image = "{image}"
+records = "sqlite:///{base}/records.db"
+labels = "{base}/labels"
+factory_key = "{base}/keys/factory"
+[board]
+uri = "simulated:{base}/boards/{{serial}}"
+faults = {faults}
+[authority]
+directory = "{authority}"
+passphrase_file = "{passphrase}"
+[cloud]
+target = "local"
+state = "{cloud}"
+"""
+
+
+@dataclass
+class Site:
+    """One site; every test makes units with serials of its own on it."""
+
+    base: Path
+    target: Target
+    cloud: LocalEndpoint
+    registry: Registry
+    _serials: int = field(default=0)
+    _benches: int = field(default=0)
+
+    def serial(self) -> str:
+        """A serial that no other test has."""
+        self._serials += 1
+        return f"PK-{self._serials:06}"
+
+    def bench(self, *faults: str, **changes: str) -> Path:
+        """A bench file for a simulated board with `faults`."""
+        self._benches += 1
+        settings = {
+            "base": str(self.base),
+            "image": str(self.base / "image/picket-sample.json"),
+            "authority": str(self.base / "ca"),
+            "passphrase": str(self.base / "ca.passphrase"),
+            "cloud": str(self.base / "cloud"),
+            "name": f"test-{os.getpid()}-{self._benches}",
+        } | changes
+        path = self.base / f"bench-{self._benches}.toml"
+        path.write_text(BENCH.format(faults=json.dumps(list(faults)), **settings))
+        return path
+
+    def run(self, serial: str, *faults: str, rework: bool = False, **changes: str) -> tuple[Attempt, RunView]:
+        """Run a unit in this process; how it ended, and its latest run."""
+        with Station.opened(self.bench(*faults, **changes), serial) as station:
+            attempt = station.run(rework=rework, as_json=False)
+        return attempt, self.record(serial)[-1]
+
+    def record(self, serial: str) -> tuple[RunView, ...]:
+        """All runs of a unit."""
+        records = self.records()
+        try:
+            return records.runs(serial)
+        finally:
+            records.close()
+
+    def records(self) -> Records:
+        """The site's database."""
+        return Records(f"sqlite:///{self.base}/records.db")
+
+    def live_certificates(self, serial: str) -> list[str]:
+        """The unit's certificates that could connect."""
+        records = self.records()
+        try:
+            issued = records.certificates(serial)
+        finally:
+            records.close()
+        found = [(one.sha256, self.registry.certificate(one.sha256)) for one in issued]
+        return [sha256 for sha256, known in found if known is None or known.status in {"ACTIVE", "PENDING_ACTIVATION"}]
+
+    def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`station.py` as a user calls it."""
+        return subprocess.run(
+            [sys.executable, str(ROOT / "station.py"), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=os.environ | environment,
+        )
+
+
+@contextmanager
+def open_site(base: Path) -> Iterator[Site]:
+    """Set a site up, and tear its cloud down."""
+    with launcher.running(base / "cloud", jitp_delay=(0.2, 0.3), retry_seconds=0.2) as endpoint:
+        target = local_target(base / "cloud")
+        stack.deploy(target, build=base / "code")
+        (base / "ca.passphrase").write_bytes(PASSPHRASE)
+        (base / "ca.passphrase").chmod(0o600)
+        signing = authority.create_authority(base / "ca", PASSPHRASE)
+        registry = Registry(target)
+        register(registry, signing)
+        factory_key.ensure(base / "keys/factory")
+        sample.build(base / "image/picket-sample.json")
+        yield Site(base, target, endpoint, registry)
+
+
+def last_json(text: str) -> Any:
+    """The last line of a `--json` command."""
+    return json.loads(text.strip().splitlines()[-1])
