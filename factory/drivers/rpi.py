@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import serial
 
@@ -54,13 +54,14 @@ class CarriedCard:
     """A card that is in the reader or in the board, and the operator carries it.
 
     It is storage and power at once, because a card moves only while the board is off, and the prompts of both belong
-    in one sentence: an operator gets two of them for each unit, one before flash and one before boot.
+    in one sentence: for a unit that is begun the operator gets two of them, one before flash and one before boot.
     """
 
     def __init__(self, reader: BlockStorage, switch: Switch) -> None:
         self._reader = reader
         self._switch = switch
-        self._in_board = False
+        #: "brought": into the reader, for a flash that is still to come. None: of the unit that comes, not known.
+        self._place: Literal["brought", "reader", "board"] | None = None
 
     @contextmanager
     def attach(self) -> Iterator[Medium]:
@@ -70,19 +71,27 @@ class CarriedCard:
             UserMistake: the reader's path names something that is never written.
             StationFault: there is no card in it.
         """
-        self._in_board = False
-        self._switch.off(then=f"put the unit's card into the reader {self._reader.path}")
+        if self._place != "brought":
+            self._bring_to_reader()
+        self._place = "reader"  # a second flash asks again: it may be another unit's card
         with self._reader.attach() as medium:
             yield medium
 
     def on(self) -> None:
         """Supply the board, its card in it."""
-        self._switch.on(first="" if self._in_board else "put the card into the board")
-        self._in_board = True
+        self._switch.on(first="" if self._place == "board" else "put the card into the board")
+        self._place = "board"
 
     def off(self) -> None:
-        """Cut the supply."""
-        self._switch.off()
+        """Cut the supply. Of a unit that is begun, the card is wanted in the reader next."""
+        if self._place is None:
+            self._bring_to_reader()
+        else:
+            self._switch.off()
+
+    def _bring_to_reader(self) -> None:
+        self._switch.off(then=f"put the unit's card into the reader {self._reader.path}")
+        self._place = "brought"
 
 
 @dataclass(frozen=True)

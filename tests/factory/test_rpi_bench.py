@@ -198,20 +198,48 @@ class Reader(BlockStorage):
             yield medium
 
 
-def test_the_operator_is_asked_twice_for_each_unit(tmp_path: Path) -> None:
+def test_the_operator_is_asked_twice_for_a_unit(tmp_path: Path) -> None:
     operator = Bystander()
     card = CarriedCard(Reader(FileStorage(tmp_path / "card", 4096)), OperatorPower(operator))
 
-    for _ in range(2):
-        with card.attach() as medium:
-            assert medium.size == 4096
-        card.off()
-        card.on()
+    card.off()
+    with card.attach() as medium:
+        assert medium.size == 4096
+    card.off()
+    card.on()
 
     assert [
         "Switch the board's power off, then put the unit's card into the reader /dev/disk/by-path/reader.",
         "Put the card into the board, then switch the board's power on.",
-    ] * 2 == operator.asked
+    ] == operator.asked
+
+
+def test_a_card_in_the_board_is_fetched_back_for_another_flash(tmp_path: Path) -> None:
+    operator = Bystander()
+    card = CarriedCard(Reader(FileStorage(tmp_path / "card", 4096)), OperatorPower(operator))
+
+    card.on()
+    with card.attach():
+        pass
+
+    assert [
+        "Put the card into the board, then switch the board's power on.",
+        "Switch the board's power off, then put the unit's card into the reader /dev/disk/by-path/reader.",
+    ] == operator.asked
+
+
+def test_no_card_is_flashed_twice_unasked(tmp_path: Path) -> None:
+    operator = Bystander()
+    card = CarriedCard(Reader(FileStorage(tmp_path / "card", 4096)), OperatorPower(operator))
+
+    for _ in range(2):
+        with card.attach():
+            pass
+
+    assert [
+        "Switch the board's power off, then put the unit's card into the reader /dev/disk/by-path/reader.",
+        "Put the unit's card into the reader /dev/disk/by-path/reader.",
+    ] == operator.asked
 
 
 def test_a_power_cycle_without_a_flash_leaves_the_card_where_it_is(tmp_path: Path) -> None:
