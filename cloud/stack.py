@@ -199,11 +199,17 @@ def _describe(cloudformation: "CloudFormationClient", stack: str) -> tuple[str |
 
 
 def _reason(cloudformation: "CloudFormationClient", stack: str) -> str:
-    """The first resource that failed, in its own words; what failed after it only followed."""
-    events = cloudformation.describe_stack_events(StackName=stack)["StackEvents"]
-    failed = [event for event in events if event.get("ResourceStatus", "").endswith("_FAILED")]
-    failed.sort(key=lambda event: event["Timestamp"])
+    """The first resource that failed in this deployment, in its own words; what failed after it only followed."""
+    events = cloudformation.describe_stack_events(StackName=stack)["StackEvents"]  # the newest first
+    failed = []
+    for event in events:
+        status = event.get("ResourceStatus", "")
+        if status.endswith("_FAILED"):
+            failed.append(event)
+        own = event.get("PhysicalResourceId") == event.get("StackId")
+        if own and status in {"CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS"}:
+            break
     if not failed:
         return "no resource says why"
-    first = failed[0]
+    first = failed[-1]
     return f"{first.get('LogicalResourceId')}: {first.get('ResourceStatusReason', 'no reason given')}"

@@ -9,14 +9,13 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,12 +75,10 @@ def up(
         LocalCloudError: it did not start; the message carries the reason.
     """
     state = state.resolve()
-    running = find(state)
-    if running is not None:
-        return running
+    owner = _owner(state)
+    if owner is not None:
+        return _wait_until_ready(state, owner, lambda: None if _owner(state) else 1)
     state.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(state / "tmp", ignore_errors=True)  # what a killed local cloud left behind
-    (state / "endpoint.json").unlink(missing_ok=True)
     settings = Settings(
         state=str(state),
         port=port,
@@ -91,7 +88,8 @@ def up(
         follow=follow,
     )
     write_atomically(state / "settings.json", json.dumps(asdict(settings)))
-    with (state / "log").open("w") as log:
+    with (state / "log").open("a") as log:
+        begin = log.tell()
         process = subprocess.Popen(
             [sys.executable, *server, str(state / "settings.json")],
             cwd=_ROOT,
@@ -102,7 +100,15 @@ def up(
             start_new_session=True,
             pass_fds=() if follow is None else (follow,),
         )
-    endpoint = _wait_until_ready(state, process)
+    try:
+        endpoint = _wait_until_ready(state, process.pid, process.poll, begin)
+    except LocalCloudError:
+        process.kill()
+        process.wait()
+        owner = _owner(state)
+        if owner is None:
+            raise
+        return _wait_until_ready(state, owner, lambda: None if _owner(state) else 1)  # another command was quicker
     process.returncode = 0  # it lives on without us: not a child that was forgotten
     return endpoint
 
@@ -113,23 +119,22 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
 
 
-def _wait_until_ready(state: Path, process: subprocess.Popen[bytes]) -> LocalEndpoint:
+def _wait_until_ready(state: Path, pid: int, ended: Callable[[], int | None], log_begin: int = 0) -> LocalEndpoint:
+    """The endpoint once the process has written it; `ended` is the process's exit code as soon as it has one."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        code = process.poll()
-        if code is not None:
-            raise LocalCloudError(_reason(state, code))
         endpoint = read_endpoint(state)
-        if endpoint is not None and endpoint.pid == process.pid:
+        if endpoint is not None and endpoint.pid == pid:
             return endpoint
+        code = ended()
+        if code is not None:
+            raise LocalCloudError(_reason(state, code, log_begin))
         time.sleep(0.02)
-    process.kill()
-    process.wait()
     raise LocalCloudError(f"the local cloud did not get ready in {START_SECONDS:.0f} s: see {state / 'log'}")
 
 
-def _reason(state: Path, code: int) -> str:
-    lines = (state / "log").read_text(errors="replace").splitlines()
+def _reason(state: Path, code: int, log_begin: int) -> str:
+    lines = (state / "log").read_bytes()[log_begin:].decode(errors="replace").splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return said[-1] if said else f"the local cloud ended with {code}: see {state / 'log'}"
 
@@ -141,15 +146,21 @@ def find(state: Path = DEFAULT_STATE) -> LocalEndpoint | None:
 
 def _owner(state: Path) -> int | None:
     """The pid that holds the state directory's lock, or None when nobody does."""
-    try:
-        with (state / "lock").open("r+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(lock.read() or 0) or None
+    deadline = time.monotonic() + 1
+    while True:
+        try:
+            with (state / "lock").open("r+") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    written = lock.read()
+                else:
+                    return None
+        except FileNotFoundError:
             return None
-    except FileNotFoundError:
-        return None
+        if written or time.monotonic() > deadline:  # between taking the lock and writing lies a moment
+            return int(written or 0) or None
+        time.sleep(0.01)
 
 
 def down(state: Path = DEFAULT_STATE) -> bool:

@@ -11,9 +11,11 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -62,15 +64,26 @@ def main(arguments: list[str], amend: Callable[[overlay.Behaviour, socket.socket
 def _owned(state: Path) -> Any:
     """Hold the state directory's lock. Whoever holds it is the one local cloud of that directory."""
     with (state / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LocalCloudError(f"a local cloud already runs on {state}") from error
+        _lock(lock, state)
         _write_pid(lock)
+        (state / "endpoint.json").unlink(missing_ok=True)  # what a killed local cloud left behind
+        shutil.rmtree(state / "tmp", ignore_errors=True)
         try:
             yield
         finally:
             (state / "endpoint.json").unlink(missing_ok=True)
+
+
+def _lock(lock: IO[str], state: Path) -> None:
+    """Take the lock; a launcher that looks whether it is free holds it for a moment, so look more than once."""
+    for _ in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return
+    raise LocalCloudError(f"a local cloud already runs on {state}: stop it by `python -m cloud down`")
 
 
 def _write_pid(lock: IO[str]) -> None:

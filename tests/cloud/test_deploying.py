@@ -131,6 +131,11 @@ def test_a_stack_that_fails_is_told_with_the_resources_own_reason(
 
     with pytest.raises(DeployError, match=r"JitpTemplate: .*Status"):
         stack.deploy(other, build=tmp_path)
+    broken.write_text(
+        broken.read_text().replace("JitpTemplate:", "OtherTemplate:").replace("!Ref JitpTemplate", "none")
+    )
+    with pytest.raises(DeployError, match=r"OtherTemplate: .*Status"):  # this time's reason, and a stack to try it on
+        stack.deploy(other, build=tmp_path)
 
 
 def test_the_same_sources_make_the_same_package(tmp_path: Path) -> None:

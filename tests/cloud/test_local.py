@@ -54,6 +54,16 @@ def test_up_twice_is_one_local_cloud(state: Path) -> None:
     assert launcher.find(state) == first
 
 
+def test_two_commands_that_start_it_at_once_are_one_local_cloud(state: Path) -> None:
+    command = [sys.executable, "-m", "cloud", "up", "--state", str(state), "--port", "0", "--mqtt-port", "0", "--json"]
+    starting = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in starting]
+
+    found = launcher.find(state)
+    assert found is not None
+    assert [json.loads(text)["pid"] for text in said] == [found.pid, found.pid]
+
+
 def test_down_stops_it_and_down_again_is_no_error(state: Path) -> None:
     endpoint = launcher.up(state, port=0, mqtt_port=0)
 
