@@ -243,7 +243,7 @@ class Station:
                 )
             endpoint = registry.guest_endpoint() if file.cloud.guest else registry.endpoint()
         product = Product(file.product, load_limits(), file.labels, endpoint)
-        with closing(open_records(file)) as records, open_bench(file, unit.serial) as bench:
+        with closing(open_records(file)) as records, open_bench(file, unit.serial, endpoint.host) as bench:
             yield cls(file, unit, bench, product, image, signing, registry, records)
 
     def run(self, *, rework: bool, as_json: bool) -> Attempt:

@@ -72,20 +72,22 @@ BOARDS: dict[str, Opener] = {
 
 
 @contextmanager
-def open_bench(file: BenchFile, serial: str) -> Iterator[Bench]:
+def open_bench(file: BenchFile, serial: str, endpoint: str) -> Iterator[Bench]:
     """The bench that a file describes, ours alone until the context ends.
 
     `{serial}` in the board's place stands for the unit's: a simulated or virtual slot gets a board of its own for each
-    unit, and finds it again when the unit comes back.
+    unit, and finds it again when the unit comes back. A bench in a network of its own (`cloud.guest`) is told that the
+    host `endpoint` is to be found at the station.
 
     Raises:
         UserMistake: its board's options are wrong, or another command uses it.
         StationFault: one of its drivers cannot be opened.
     """
+    options = file.board.options | ({"hosts": [endpoint]} if file.cloud.guest else {})
     with (
         _only_one(Path("build") / "locks" / f"{file.name}.lock", file.name),
         BOARDS[file.board.scheme](
-            Path(file.board.place.replace("{serial}", serial)), file.factory_key, file.board.options
+            Path(file.board.place.replace("{serial}", serial)), file.factory_key, options
         ) as bench,
     ):
         yield bench
