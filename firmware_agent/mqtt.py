@@ -2,8 +2,9 @@
 
 What the SDK's defaults would do to an alarm, and what is done here instead:
 
-- it keeps unsent messages in memory, without limit, and loses them at exit: here a publish without a link fails at once,
-  and the spool, which is durable, tries again;
+- it keeps unsent messages in memory, without limit, and loses them at exit: here a publish without a link fails at
+  once, and the spool, which is durable, tries again;
+- its reconnects wait anything up to a minute from the first one on: here the caller says when to try;
 - its keep-alive is 20 minutes: here it is the setting's, under a minute;
 - with a TPM's key it would accept TLS 1.1: here 1.2 is the least;
 - an exception in its callbacks vanishes and a callback that waits stops all of its connections: here callbacks only
@@ -34,8 +35,7 @@ ATTEMPT_SECONDS: Final = 45.0
 _ACK_SECONDS: Final = 20
 _CONNACK_MILLISECONDS: Final = 20_000
 _PING_MILLISECONDS: Final = 20_000
-_RECONNECT_MILLISECONDS: Final = (1_000, 60_000)
-_STEADY_MILLISECONDS: Final = 30_000
+_NEVER_MILLISECONDS: Final = 3_600_000
 _STOP_SECONDS: Final = 5.0
 
 #: On 443 AWS IoT tells MQTT from HTTPS by this name (AWS IoT developer guide, "Device communication protocols").
@@ -100,7 +100,7 @@ def clock_is_wrong(identity: Identity, now: float) -> str | None:
 
 
 class Connection:
-    """One client, which keeps its connection up until it is stopped.
+    """One client: `connect`, then after `Failed` or `Down` always `stop`, and `connect` again when it is time.
 
     Args:
         identity: certificate, trust and endpoint; its serial is the client id.
@@ -131,7 +131,6 @@ class Connection:
             context = io.ClientTlsContext(tls)
         except exceptions.AwsCrtError as error:
             raise KeyFault(f"the device key cannot be used for TLS: {error}") from error
-        least, most = _RECONNECT_MILLISECONDS
         self._client = mqtt5.Client(
             mqtt5.ClientOptions(
                 host_name=identity.host,
@@ -143,10 +142,10 @@ class Connection:
                 ),
                 session_behavior=mqtt5.ClientSessionBehaviorType.CLEAN,
                 offline_queue_behavior=mqtt5.ClientOperationQueueBehaviorType.FAIL_ALL_ON_DISCONNECT,
-                retry_jitter_mode=mqtt5.ExponentialBackoffJitterMode.FULL,
-                min_reconnect_delay_ms=least,
-                max_reconnect_delay_ms=most,
-                min_connected_time_to_reset_reconnect_delay_ms=_STEADY_MILLISECONDS,
+                # No reconnects of its own: `connect` is called again when it is time.
+                min_reconnect_delay_ms=_NEVER_MILLISECONDS,
+                max_reconnect_delay_ms=_NEVER_MILLISECONDS,
+                retry_jitter_mode=mqtt5.ExponentialBackoffJitterMode.NONE,
                 ping_timeout_ms=_PING_MILLISECONDS,
                 connack_timeout_ms=_CONNACK_MILLISECONDS,
                 ack_timeout_sec=_ACK_SECONDS,
@@ -159,7 +158,7 @@ class Connection:
         )
 
     def connect(self) -> None:
-        """Start to connect, and to reconnect whenever the link is lost."""
+        """Start to connect; what comes of it is told to `on_change`: `Up` or `Failed`, and after `Up` once `Down`."""
         self._client.start()
 
     def publish(self, topic: str, payload: bytes) -> "Future[None]":

@@ -19,9 +19,9 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from firmware_agent import files, identity, keys, messages, topics
+from firmware_agent import backoff, files, identity, keys, messages, topics
 from firmware_agent.board import Board, ClockReading
 from firmware_agent.identity import Identity
 from firmware_agent.mqtt import Change, Connection, Down, Failed, NotDeliveredError, Stopped, Up, clock_is_wrong
@@ -38,6 +38,7 @@ STALL_SECONDS: Final = 30.0
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
 _ACK_SECONDS: Final = 30.0
+_STEADY_SECONDS: Final = 30.0  # a link that lasted so long was no failure
 _WINDOW: Final = 16  # messages in flight; AWS IoT takes 100 a second on one connection
 
 
@@ -51,7 +52,9 @@ class _Edge:
 
 @dataclass(frozen=True)
 class _Wake:
-    """Something waits in the spool, or the end has come: look."""
+    """Something waits in the spool, or the end has come: look. An urgent one does not wait for the next try's time."""
+
+    urgent: bool = False
 
 
 class Product:
@@ -162,7 +165,7 @@ class Product:
             # The sensor lies while it warms up after power-up; a restart of the agent does not make it cold again.
             if isinstance(edge, _Edge) and edge.uptime >= self._settings.pir.warm_up_seconds:
                 self._keep_one(spool, edge, boot_id)
-                self._inbox.put(_Wake())
+                self._inbox.put(_Wake(urgent=True))
 
     def _keep_one(self, spool: Spool, edge: _Edge, boot_id: str) -> None:
         """Keep one alarm, trying again for as long as the disk is full."""
@@ -251,7 +254,10 @@ class _Publisher:
         self._notify = notify
         self._beat: Callable[[], None] = lambda: None
         self._stop = threading.Event()
-        self._up = False
+        self._link: Literal["down", "connecting", "up"] = "down"
+        self._failures = 0
+        self._connect_at = 0.0
+        self._up_since = 0.0
         self._greeted = False
         self._resume_at = 0.0
 
@@ -267,12 +273,14 @@ class _Publisher:
             keep_alive_seconds=self._settings.mqtt.keep_alive_seconds,
             on_change=self._inbox.put,
         )
-        connection.connect()
         try:
             while not stop.is_set():
                 beat()
-                self._take_in()
-                if self._up and time.monotonic() >= self._resume_at:
+                if self._link == "down" and time.monotonic() >= self._connect_at:
+                    self._link = "connecting"
+                    connection.connect()
+                self._take_in(connection)
+                if self._link == "up" and time.monotonic() >= self._resume_at:
                     self._deliver(connection)
         finally:
             connection.stop()
@@ -286,29 +294,43 @@ class _Publisher:
             self._notify.status(f"offline: {wrong}")
             self._stop.wait(_TICK_SECONDS)
 
-    def _take_in(self) -> None:
-        """Wait for the next change of the link or for something to send, then take in all there is."""
+    def _take_in(self, connection: Connection) -> None:
+        """Wait for the next change of the link or for something to do, then take in all there is."""
+        now = time.monotonic()
+        due = self._connect_at if self._link == "down" else self._resume_at
         try:
-            change: Change | _Wake = self._inbox.get(timeout=_TICK_SECONDS)
+            change = self._inbox.get(timeout=min(_TICK_SECONDS, due - now) if due > now else _TICK_SECONDS)
             while True:
-                self._note(change)
+                self._note(change, connection)
                 change = self._inbox.get_nowait()
         except queue.Empty:
             return
 
-    def _note(self, change: Change | _Wake) -> None:
+    def _note(self, change: Change | _Wake, connection: Connection) -> None:
         match change:
             case Up():
-                self._up, self._greeted, self._resume_at = True, False, 0.0
+                self._link, self._greeted, self._resume_at = "up", False, 0.0
+                self._up_since = time.monotonic()
                 self._notify.status(f"connected to {self._identity.host}")
             case Down(detail):
-                self._up = False
-                self._notify.status(f"offline: {detail}")
+                self._retry(detail, connection)
             case Failed(outcome, detail):
-                self._up = False
-                self._notify.status(f"offline: {outcome}, {detail}")
+                self._retry(f"{outcome}, {detail}", connection)
+            case _Wake(urgent=True):
+                # Motion: try at once, though not more than once a second, which is what AWS IoT allows.
+                self._connect_at = min(self._connect_at, time.monotonic() + backoff.FIRST_SECONDS)
             case Stopped() | _Wake():
                 pass
+
+    def _retry(self, reason: str, connection: Connection) -> None:
+        """After a failed attempt or a lost link: let go, and set the time of the next attempt."""
+        now = time.monotonic()
+        steady = self._link == "up" and now - self._up_since >= _STEADY_SECONDS
+        wait = backoff.delay(0 if steady else self._failures)
+        self._failures = 1 if steady else self._failures + 1
+        self._link, self._connect_at = "down", now + wait
+        self._notify.status(f"offline: {reason}")
+        connection.stop()
 
     def _deliver(self, connection: Connection) -> None:
         """Send hello and everything in the spool; on the first refusal leave the rest for later."""
