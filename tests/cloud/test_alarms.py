@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cloud.handlers import table
+from cloud.local import launcher
 from tests.cloud.conftest import Fleet, Unit, alarm, eventually
 
 BERLIN, LOS_ANGELES = "Europe/Berlin", "America/Los_Angeles"
@@ -133,7 +134,7 @@ def _leave_lease(fleet: Fleet, unit: Unit, event_id: str, leased_until: float) -
 
 def test_an_alarm_of_a_unit_without_an_owner_is_recorded_and_texts_nobody(fleet: Fleet) -> None:
     orphan = fleet.unit()
-    before = len(launcher_texts(fleet))
+    before = len(_all_texts(fleet))
     event = alarm()
 
     fleet.publish(orphan, "alarm", event)
@@ -141,12 +142,10 @@ def test_an_alarm_of_a_unit_without_an_owner_is_recorded_and_texts_nobody(fleet:
 
     assert sms["outcome"] == "no owner"
     assert len(fleet.rows(orphan.serial, "EVENT#")) == 1
-    assert len(launcher_texts(fleet)) == before
+    assert len(_all_texts(fleet)) == before
 
 
-def launcher_texts(fleet: Fleet) -> list[Any]:
-    from cloud.local import launcher  # noqa: PLC0415
-
+def _all_texts(fleet: Fleet) -> list[Any]:
     return list(launcher.sms(fleet.cloud))
 
 
@@ -169,6 +168,32 @@ def test_a_text_that_sns_refuses_is_tried_again_and_ends_among_the_dead_letters(
 
     assert letters[0]["requestPayload"]["event_id"] == event["event_id"]
     assert "Mars/Olympus" in fleet.rows(unit.serial, f"SMS#{event['event_id']}")[0]["last_error"]
+
+
+def test_a_function_may_do_no_more_than_its_role_says(fleet: Fleet, unit: Unit) -> None:
+    role = fleet.target.cloudformation.describe_stack_resource(
+        StackName=fleet.target.stack, LogicalResourceId="ProcessAlarmRole"
+    )["StackResourceDetail"]["PhysicalResourceId"]
+    iam = fleet.target.session.client("iam", endpoint_url=fleet.target.endpoint_url)
+    granted = iam.get_role_policy(RoleName=role, PolicyName="process-alarm")["PolicyDocument"]
+    phone = _phone(fleet, unit)
+    textless = [each for each in granted["Statement"] if each["Action"] != "sns:Publish"]
+    event = alarm() | {"thing": unit.serial, "received_ms": 1}
+    try:
+        _put(iam, role, {**granted, "Statement": textless})
+        refused = _invoke(fleet, event)
+    finally:
+        _put(iam, role, granted)
+    allowed = _invoke(fleet, event)
+    iam.close()
+
+    assert "not authorized to perform: sns:Publish" in refused["errorMessage"]
+    assert allowed == {"outcome": "sent"}
+    assert len(fleet.texts(phone)) == 1
+
+
+def _put(iam: Any, role: str, document: dict[str, Any]) -> None:
+    iam.put_role_policy(RoleName=role, PolicyName="process-alarm", PolicyDocument=json.dumps(document))
 
 
 @pytest.mark.parametrize("phone", ["0170123", "+0123456789", "+49 170 1", "", "+49170123456789012"])

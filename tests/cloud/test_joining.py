@@ -1,5 +1,10 @@
 """How a unit gets in: provisioned just in time, registered just in time, retired for good."""
 
+import contextlib
+import socket
+import ssl
+from pathlib import Path
+
 import pytest
 
 from cloud import doctor
@@ -215,3 +220,23 @@ def test_nothing_is_known_of_a_unit_that_never_was(fleet: Fleet) -> None:
     assert registry.device("PK-NOBODY") is None
     assert registry.thing("PK-NOBODY") is None
     assert registry.certificate("0" * 64) is None
+
+
+@pytest.mark.parametrize("name", ["local", "guest", None])
+def test_a_device_must_say_which_server_it_wants_and_two_names_are_right(
+    fleet: Fleet, tmp_path: Path, name: str | None
+) -> None:
+    leaf = fleet.authority.leaf("PK-SNI")
+    (tmp_path / "chain").write_text(leaf.chain)
+    (tmp_path / "key").write_text(leaf.key)
+    context = ssl.create_default_context(cadata=fleet.trust)
+    context.load_cert_chain(tmp_path / "chain", tmp_path / "key")
+    hosts = {"local": fleet.registry.endpoint().host, "guest": fleet.registry.guest_endpoint().host}
+    context.check_hostname = name is not None
+
+    with (
+        contextlib.nullcontext() if name else pytest.raises((ssl.SSLError, ConnectionError)),
+        socket.create_connection(("127.0.0.1", fleet.endpoint.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=hosts[name] if name else None) as secured,
+    ):
+        assert secured.version() in {"TLSv1.2", "TLSv1.3"}
