@@ -16,8 +16,8 @@ from cloud.errors import CloudMisconfigured
 
 BUILD = Path("build/cloud-code")
 
-#: Packed with the handlers: the logger and what it needs, and dateutil for its time zones.
-DISTRIBUTIONS = ("aws-lambda-powertools", "jmespath", "python-dateutil", "six", "typing-extensions")
+#: Packed with the handlers: the logger with what it needs, and the time zones.
+DISTRIBUTIONS = ("aws-lambda-powertools", "jmespath", "typing-extensions", "tzdata")
 
 _HERE = Path(__file__).resolve().parent
 _EPOCH = (1980, 1, 1, 0, 0, 0)

@@ -48,6 +48,7 @@ def flash(storage: Storage, image: Image, step: Step) -> None:
             )
         medium.discard()
         head = _write(image, block_map, medium, step, total)
+        medium.flush()  # a cache of the medium's own must not put block 0 first
         medium.write(0, head)
         medium.flush()
         digest = _read_back(block_map, medium, step, total)

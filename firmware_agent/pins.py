@@ -124,21 +124,23 @@ class LgpioPins:
 
     def __init__(self, lines: Mapping[str, int]) -> None:
         self._lines = lines
+        self._opened: tuple[Any, int] | None = None
 
-    @contextmanager
-    def pir(self) -> Iterator[Pir]:
+    def pir(self) -> AbstractContextManager[Pir]:
         """The sensor on the chip that has the right label."""
+        # One factory for as long as the process lives: gpiozero keeps a factory's pins in its class, so a second one
+        # is handed the first one's pins, which belong to a closed chip and see no edges.
+        if self._opened is None:
+            self._opened = self._open_chip()
+        return _open(*self._opened)
+
+    def _open_chip(self) -> tuple[Any, int]:
         chip, line = choose_chip(chip_labels(), self._lines)
         try:
             from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415 - exists on the device alone
 
-            factory = LGPIOFactory(chip=chip)
+            return LGPIOFactory(chip=chip), line
         except (ImportError, OSError) as error:
             raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
         except Exception as error:
             raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
-        try:
-            with _open(factory, line) as pir:
-                yield pir
-        finally:
-            factory.close()

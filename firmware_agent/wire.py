@@ -11,12 +11,15 @@ The wire runs over anything with `readline`, `write` and `flush`: an SSH channel
 """
 
 import json
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_LINE = 256 * 1024
 
-#: Behind this prefix stands the factory banner, one JSON object on one line of the serial console.
+#: Behind this prefix stands the factory banner on the serial console: a CRC-32 in hex, a space, one JSON object. A
+#: console loses and garbles characters, and what the banner carries is trusted, so a line that came through damaged
+#: must not be taken for one that did not.
 BANNER_PREFIX = "PICKET-FACTORY "
 
 
@@ -106,21 +109,27 @@ class Banner:
             "image": self.image,
             "boot_id": self.boot_id,
         }
-        return BANNER_PREFIX + json.dumps(body, separators=(",", ":"))
+        text = json.dumps(body, separators=(",", ":"))
+        return f"{BANNER_PREFIX}{_checksum(text)} {text}"
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def parse_banner(line: str) -> Banner | None:
     """The banner in a console line, or None: consoles carry other text too, and lines cut by a late start.
 
     Raises:
-        MalformedError: behind the prefix stands a whole JSON object that is no banner.
+        MalformedError: behind the prefix stands a JSON object, whole by its checksum, that is no banner.
     """
-    _, prefix, body = line.partition(BANNER_PREFIX)
-    if not prefix:
+    _, prefix, rest = line.partition(BANNER_PREFIX)
+    checksum, _, body = rest.strip().partition(" ")
+    if not prefix or checksum != _checksum(body):
         return None
     try:
         value = json.loads(body)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None
     if not isinstance(value, dict):
         return None

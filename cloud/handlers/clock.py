@@ -1,19 +1,16 @@
 """Time zones by name, wherever the function runs.
 
-Lambda's Python image carries no zone database, and neither does a slim container. `python-dateutil`, which comes with
-boto3 and is packed with the functions, carries one; the system's is used where there is one, for it is newer.
+Lambda's image need not carry a zone database, so `tzdata` is packed with the functions; `zoneinfo` takes it where the
+system has none.
 """
 
 import functools
-import io
-import tarfile
 from datetime import datetime
-from importlib import resources
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 
 class UnknownZoneError(ValueError):
-    """No time zone of that name in any database at hand."""
+    """No time zone of that name."""
 
 
 @functools.cache
@@ -25,20 +22,8 @@ def zone(name: str) -> ZoneInfo:
     """
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        pass
-    archive = resources.files("dateutil.zoneinfo").joinpath("dateutil-zoneinfo.tar.gz").read_bytes()
-    with tarfile.open(fileobj=io.BytesIO(archive)) as zones:
-        try:
-            data = zones.extractfile(name)
-        except KeyError:
-            data = None
-        if data is None:
-            raise UnknownZoneError(f"no time zone is called {name!r}: use a name like Europe/Berlin")
-        try:
-            return ZoneInfo.from_file(data, key=name)
-        except ValueError as error:
-            raise UnknownZoneError(f"no time zone is called {name!r}: use a name like Europe/Berlin") from error
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise UnknownZoneError(f"no time zone is called {name!r}: use a name like Europe/Berlin") from error
 
 
 def local(at: datetime, zone_name: str) -> str:

@@ -28,7 +28,7 @@ class SerialConsole:
         deadline = time.monotonic() + seconds
         url = self._url()
         try:
-            with serial.serial_for_url(url, baudrate=BAUD, timeout=0.2) as port:
+            with serial.serial_for_url(url, baudrate=BAUD, timeout=0.2, exclusive=True) as port:
                 rest = b""
                 while time.monotonic() < deadline:
                     rest += port.read(max(1, port.in_waiting))

@@ -455,6 +455,7 @@ class _SimulatedMedium:
     def __init__(self, medium: FileMedium, board: SimulatedBoard) -> None:
         self._medium = medium
         self._board = board
+        self._flipped = False
         self.name = medium.name
         self.size = medium.size
 
@@ -467,7 +468,8 @@ class _SimulatedMedium:
 
     def flush(self) -> None:
         self._medium.flush()
-        if injected.FLIPPED_BIT in self._board.faults:
+        if injected.FLIPPED_BIT in self._board.faults and not self._flipped:
+            self._flipped = True
             where = 2**20 + 700
             (byte,) = self._medium.read(where, 1)
             self._medium.write(where, bytes([byte ^ 1]))

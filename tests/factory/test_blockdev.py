@@ -147,7 +147,7 @@ def a_step() -> Step:
 
 
 class Hooked:
-    """A storage that lets a test reach in, when the medium is flushed or after some writes."""
+    """A storage that lets a test reach in, when the whole medium is flushed or after some writes."""
 
     def __init__(self, inner: BlockStorage, *, flushed: Callable[[], None] | None = None, write: int = -1) -> None:
         self._inner = inner
@@ -160,12 +160,16 @@ class Hooked:
         with self._inner.attach() as medium:
             flush, write, count = medium.flush, medium.write, iter(range(1_000_000))
 
+            whole = False
+
             def hooked_flush() -> None:
                 flush()
-                if self._flushed is not None:
+                if self._flushed is not None and whole:
                     self._flushed()
 
             def hooked_write(offset: int, data: bytes | memoryview) -> None:
+                nonlocal whole
+                whole = offset == 0  # block 0 comes last
                 if next(count) == self._write:
                     self.hook()
                 write(offset, data)
