@@ -14,7 +14,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from image import errors, twins
+from image import twins
+from image.errors import CommandFailedError, ToolMissingError
 from image.recipe import Recipe
 from image.run import run
 
@@ -46,6 +47,7 @@ _TRACES = (
     "var/lib/dbus/machine-id",
     "var/lib/dpkg/*-old",
     "var/lib/systemd/random-seed",
+    "usr/lib/binfmt.d/*",
     "var/log/*",
     "var/tmp/*",
 )
@@ -115,7 +117,7 @@ def enable_emulation(architecture: str) -> None:
         return
     rule = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
     if not rule.exists():
-        raise errors.ToolMissingError(f"{rule} is not there (qemu-user-static); `make setup` installs it")
+        raise ToolMissingError(f"{rule} is not there (qemu-user-static); `make setup` installs it")
     if not (_BINFMT / "register").exists():
         run("mount", "-t", "binfmt_misc", "binfmt_misc", _BINFMT)
     if (_BINFMT / "qemu-aarch64").exists():
@@ -123,7 +125,7 @@ def enable_emulation(architecture: str) -> None:
     try:
         (_BINFMT / "register").write_text(rule.read_text().strip())
     except OSError as error:
-        raise errors.CommandFailedError(
+        raise CommandFailedError(
             f"the kernel does not take the emulator for arm64 programs ({error}); run `make image` as root"
         ) from error
 
@@ -180,7 +182,8 @@ def _bootstrap(recipe: Recipe, root: Path, working: Path) -> None:
         *patterns,
         f'--extract-hook={python} -m image.twins install "$1" {borrowed}',
         f'--customize-hook={python} -m image.twins remove "$1"',
-        f"--customize-hook=cd {headers} && APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get download {_HEADERS} && dpkg-deb -x {_HEADERS}_*.deb .",
+        f"--customize-hook=cd {headers} && APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get download {_HEADERS} "
+        f"&& dpkg-deb -x {_HEADERS}_*.deb . && rm {_HEADERS}_*.deb",
         str(root),
         log=working / "bootstrap.log",
     )

@@ -1,4 +1,4 @@
-"""Block maps: which blocks of an image carry data, and their digests (bmap format 2.0, as bmaptool reads and writes it).
+"""Block maps: which blocks of an image carry data, and their digests (bmaptool's format 2.0).
 
 The map guards itself with a digest over its own text, in which the digest's place is filled with zeros.
 """
@@ -7,9 +7,9 @@ import hashlib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree as ET  # noqa: S405 - see parse(): the text is refused if it declares entities
+from xml.etree import ElementTree as ET
 
 from image.disk import data_ranges
 from image.errors import ManifestError
@@ -210,8 +210,3 @@ def load(path: Path) -> Bmap:
         return parse(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"the block map {path} cannot be read: {error}") from error
-
-
-def with_ranges(bmap: Bmap, ranges: tuple[Range, ...]) -> Bmap:
-    """The same map with other ranges."""
-    return replace(bmap, ranges=ranges)

@@ -1,6 +1,6 @@
 """How an image comes to be: `build_image` is the whole story, from the recipe to the description."""
 
-import json
+import fcntl
 import os
 import re
 import shutil
@@ -50,10 +50,9 @@ def build_image(recipe: Recipe, output: Path, cache: Path, key: Path, stage: Sta
         stage: context manager that shows and times one stage.
     """
     output.mkdir(parents=True, exist_ok=True)
-    cache.mkdir(parents=True, exist_ok=True)
     signature = disk.identifier(recipe.name, recipe.version, "disk").int >> 96 or 1
     boot_partuuid, root_partuuid = disk.partuuid(signature, 1), disk.partuuid(signature, 2)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
+    with _only_build(cache), tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
         working = Path(name)
         root, boot_tree, image = working / "root", working / "boot", working / "picket.img"
 
@@ -111,8 +110,19 @@ def build_image(recipe: Recipe, output: Path, cache: Path, key: Path, stage: Sta
             (working / "picket.json").write_text(manifest.dump())
         with stage("put in place"):
             _put_in_place(working, output)
-    _forget_old(cache, {root_base.directory.name, library.name})
+        _forget_old(cache, {root_base.directory.name, library.name})
     return manifest
+
+
+@contextmanager
+def _only_build(cache: Path) -> Iterator[None]:
+    """Hold the cache alone; whoever comes second waits, and then finds what the first one made."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in (*cache.glob("build-*"), *cache.glob("*.unfinished")):
+            shutil.rmtree(left)  # of a build that was killed
+        yield
 
 
 def _debian_packages(root: Path) -> list[Package]:
@@ -153,8 +163,3 @@ def _forget_old(cache: Path, used: set[str]) -> None:
         others = [path for path in cache.glob(kind) if path.name not in used]
         for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[3:]:
             shutil.rmtree(path)
-
-
-def timings(clock: Clock) -> str:
-    """The stages' seconds as JSON."""
-    return json.dumps(clock.seconds)

@@ -33,29 +33,64 @@ _ENABLED = (
     "systemd-timesyncd.service",
 )
 
-#: Units without a use on a unit of ours. A console login is no use either: there is no password to log in with.
+#: Units without a use on a unit of ours; each one less is a process less at every boot. A console login is no use
+#: either: there is no password to log in with. Nobody speaks D-Bus: systemd's own services do without.
 _MASKED = (
     "console-getty.service",
+    "dbus.service",
+    "dbus.socket",
+    "dev-hugepages.mount",
+    "dev-mqueue.mount",
     "dpkg-db-backup.timer",
-    "getty@.service",
     "getty.target",
+    "getty@.service",
     "ldconfig.service",
+    "modprobe@.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "proc-sys-fs-binfmt_misc.mount",
     "serial-getty@.service",
-    "sshd-keygen.service",
     "ssh.socket",
+    "sshd-keygen.service",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-config.mount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-binfmt.service",
     "systemd-firstboot.service",
     "systemd-hwdb-update.service",
     "systemd-journal-catalog-update.service",
     "systemd-journal-flush.service",
     "systemd-logind.service",
+    "systemd-modules-load.service",
+    "systemd-networkd-persistent-storage.service",
     "systemd-networkd-wait-online.service",
     "systemd-pcrmachine.service",
     "systemd-pcrphase-sysinit.service",
     "systemd-pcrphase.service",
+    "systemd-pstore.service",
     "systemd-tpm2-setup-early.service",
     "systemd-tpm2-setup.service",
+    "systemd-udev-load-credentials.service",
     "systemd-update-utmp.service",
+    "systemd-user-sessions.service",
     "wpa_supplicant.service",
+)
+
+#: Generators that look for what this image never has; fstab's and the command line's stay.
+_MASKED_GENERATORS = (
+    "systemd-bless-boot-generator",
+    "systemd-cryptsetup-generator",
+    "systemd-factory-reset-generator",
+    "systemd-getty-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-integritysetup-generator",
+    "systemd-rc-local-generator",
+    "systemd-ssh-generator",
+    "systemd-system-update-generator",
+    "systemd-sysv-generator",
+    "systemd-tpm2-generator",
+    "systemd-veritysetup-generator",
 )
 
 
@@ -128,6 +163,8 @@ def choose_units(root: Path) -> None:
     """Enable our units, mask what has no use here, and boot to multi-user."""
     for name in _MASKED:
         _link(root / "etc/systemd/system" / name, "/dev/null")
+    for name in _MASKED_GENERATORS:
+        _link(root / "etc/systemd/system-generators" / name, "/dev/null")
     for wants in (root / "etc/systemd/system").glob("*.wants/*"):
         if wants.name in _MASKED or wants.name.partition("@")[0] + "@.service" in _MASKED:
             wants.unlink()

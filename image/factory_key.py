@@ -53,7 +53,7 @@ def _public_line(path: Path) -> str:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except (ValueError, TypeError) as error:
-        raise ImageError(f"{path} is no SSH key that can be used without a passphrase ({error}); move it away") from error
+        raise ImageError(f"{path} is no SSH key without a passphrase ({error}); move it away") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ImageError(f"{path} is not an Ed25519 key; move it away and one will be made")
     line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)

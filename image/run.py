@@ -27,8 +27,13 @@ def tool(name: str) -> str:
     return found
 
 
+def multiarch() -> str:
+    """This machine's multiarch triplet, under which Debian keeps its libraries."""
+    return {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}[run("dpkg", "--print-architecture").strip()]
+
+
 def run(
-    *command: str | Path,
+    *command: object,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: bytes | None = None,
@@ -37,7 +42,7 @@ def run(
     """Run a program to its end and return what it printed on stdout.
 
     Args:
-        command: program and arguments; the program is looked up in the administrator's directories too.
+        command: program and arguments, as text; the program is looked up in the administrator's directories too.
         env: variables to set on top of the present environment.
         cwd: directory to run in.
         stdin: bytes to feed; nothing by default.

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from image.errors import ImageError
-from image.run import run
+from image.run import multiarch
 
 #: Packages of the host's architecture that the twin root is extracted from.
 PACKAGES = (
@@ -134,8 +134,7 @@ def _stand_in(native: Path, place: Path) -> None:
 def _lend_libraries(twin: Path, root: Path) -> None:
     """Copy the twin's multiarch directories and its loader, and remember them for `remove`."""
     lent = []
-    triplet = run("dpkg-architecture", "-qDEB_HOST_MULTIARCH").strip()
-    libraries = f"usr/lib/{triplet}"
+    libraries = f"usr/lib/{multiarch()}"
     shutil.copytree(twin / libraries, root / libraries, symlinks=True, dirs_exist_ok=False)
     lent.append(libraries)
     if (twin / "usr/lib64").is_dir() and not (root / "usr/lib64").exists():

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from image.base import Base
 from image.errors import ImageError
-from image.run import run
+from image.run import multiarch, run
 
 #: The device's Python, as wheels and extension modules name it.
 _PYTHON = "3.13"
 _EXTENSION_SUFFIX = ".cpython-313-aarch64-linux-gnu.so"
 _COMPILER = "aarch64-linux-gnu-gcc"
-#: Debian trixie's glibc is newer than what this tag asks for.
-_PLATFORM = "aarch64-manylinux_2_28"
+#: Tags of wheels whose glibc is not newer than Debian trixie's, the best first.
+_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 
 #: One requirement of a lock with its hashes.
 _REQUIREMENT = re.compile(
@@ -66,7 +66,6 @@ def device_library(lock: Path, base: Base, cache: Path) -> Path:
             _compile_lgpio(match[0], base, library, working)
         # Scripts of the packages start with this machine's interpreter and have no use on the device.
         shutil.rmtree(library / "bin", ignore_errors=True)
-        (library / ".lock").unlink(missing_ok=True)
         compile_python(base, library, f"/opt/picket/current/{library.name}")
         library.rename(finished)
     return finished
@@ -83,18 +82,19 @@ def compile_python(base: Base, tree: Path, seen_as: str) -> None:
         seen_as: their place on the device, for tracebacks.
     """
     usr = base.twin / "usr"
-    triplet = run("dpkg-architecture", "-qDEB_HOST_MULTIARCH").strip()
-    loader = next(path for path in (usr / "lib" / triplet).glob("ld-linux-*.so.*"))
-    run(loader, "--library-path", usr / "lib" / triplet, usr / f"bin/python{_PYTHON}", "-S", "-c", _COMPILE,
+    libraries = usr / "lib" / multiarch()
+    loader = next(libraries.glob("ld-linux-*.so.*"))
+    run(loader, "--library-path", libraries, usr / f"bin/python{_PYTHON}", "-S", "-c", _COMPILE,
         tree, seen_as, env={"PYTHONHOME": str(usr), "PYTHONPATH": "", "PYTHONHASHSEED": "0"})  # fmt: skip
 
 
 def _install(requirements: str, library: Path, working: Path) -> None:
     listed = working / "requirements.txt"
     listed.write_text(requirements)
-    run(sys.executable, "-m", "uv", "pip", "install", "--target", library, "--python-platform", _PLATFORM,
-        "--python-version", _PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps",
-        "--link-mode", "copy", "--requirements", listed)  # fmt: skip
+    platforms = [option for tag in _PLATFORMS for option in ("--platform", tag)]
+    run(sys.executable, "-m", "pip", "install", "--target", library, *platforms, "--implementation", "cp",
+        "--python-version", _PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-compile",
+        "--requirement", listed)  # fmt: skip
 
 
 def _compile_lgpio(requirement: str, base: Base, library: Path, working: Path) -> None:

@@ -1,0 +1,52 @@
+#!/bin/sh
+# Install the system packages that building the image and running it on a virtual Pi need: only those that are missing.
+# For Debian 12 and newer and Raspberry Pi OS; run as root. Called by `make setup`.
+set -eu
+
+# one line each: why it is here
+packages="
+mmdebstrap debian-archive-keyring    : the base root file system, from Debian's packages
+qemu-user-static binfmt-support      : runs the arm64 half of package installation on another machine
+dosfstools mtools e2fsprogs fdisk    : file systems and partition table, without loop devices
+zstd xz-utils kmod busybox-static    : compression, module lists, the initramfs' shell
+device-tree-compiler                 : our overlays, and the virtual Pi's device tree
+gcc-aarch64-linux-gnu libc6-dev-arm64-cross swig : lgpio for the device's Python, which has no wheel
+bmap-tools                           : the tests compare our block map with bmaptool's
+qemu-system-arm qemu-utils ipxe-qemu : the virtual Pi
+swtpm swtpm-tools                    : its TPM
+libtpm2-pkcs11-1 tpm2-abrmd dbus     : a TPM for the simulated board
+mosquitto openssh-server             : independent peers in the tests: a broker, an SSH server
+"
+# shellcheck disable=SC2086
+wanted=$(printf '%s\n' "$packages" | sed 's/:.*//')
+missing=""
+for package in $wanted; do
+    if [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)" != installed ]; then
+        missing="$missing $package"
+    fi
+done
+if [ -z "$missing" ]; then
+    exit 0
+fi
+if ! command -v apt-get >/dev/null; then
+    echo "setup: this needs Debian or Raspberry Pi OS; missing here:$missing" >&2
+    exit 2
+fi
+if [ "$(id -u)" -ne 0 ]; then
+    echo "setup: root is needed to install:$missing" >&2
+    echo "Next: sudo make setup" >&2
+    exit 2
+fi
+echo "Installing system packages (once):$missing"
+apt-get update --quiet --quiet
+# openssh-server and mosquitto are wanted as programs; nothing here shall start listening.
+policy=/usr/sbin/policy-rc.d
+made=""
+if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' > "$policy"
+    chmod 755 "$policy"
+    made=yes
+fi
+trap '[ -z "$made" ] || rm -f "$policy"' EXIT
+# shellcheck disable=SC2086
+DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $missing
