@@ -122,6 +122,7 @@ class Connection:
     ) -> None:
         self._on_change = on_change
         self._stopped: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._running = False
         try:
             tls = key.tls(identity.chain)
             tls.min_tls_ver = io.TlsVersion.TLSv1_2
@@ -159,6 +160,7 @@ class Connection:
 
     def connect(self) -> None:
         """Start to connect; what comes of it is told to `on_change`: `Up` or `Failed`, and after `Up` once `Down`."""
+        self._running = True
         self._client.start()
 
     def publish(self, topic: str, payload: bytes) -> "Future[None]":
@@ -182,7 +184,10 @@ class Connection:
         return delivered
 
     def stop(self) -> None:
-        """Disconnect, and wait until the SDK has let go of the connection."""
+        """Disconnect, and wait until the SDK has let go of the connection; nothing when it has already."""
+        if not self._running:  # the SDK would not tell of a stop that changes nothing
+            return
+        self._running = False
         self._client.stop()
         with contextlib.suppress(queue.Empty):
             self._stopped.get(timeout=_STOP_SECONDS)
