@@ -6,18 +6,25 @@ set -eu
 # one line each: why it is here
 packages="
 mmdebstrap debian-archive-keyring    : the base root file system, from Debian's packages
-qemu-user-static binfmt-support      : runs the arm64 half of package installation on another machine
 dosfstools mtools e2fsprogs fdisk    : file systems and partition table, without loop devices
 zstd xz-utils kmod busybox-static    : compression, module lists, the initramfs' shell
 device-tree-compiler                 : our overlays, and the virtual Pi's device tree
-gcc-aarch64-linux-gnu libc6-dev-arm64-cross swig : lgpio for the device's Python, which has no wheel
+swig                                 : lgpio for the device's Python, which has no wheel
+python3-venv                         : the virtual environment
 bmap-tools                           : the tests compare our block map with bmaptool's
-qemu-system-arm qemu-utils ipxe-qemu : the virtual Pi
+qemu-system-arm qemu-utils           : the virtual Pi
 swtpm swtpm-tools                    : its TPM
 libtpm2-pkcs11-1 tpm2-abrmd dbus     : a TPM for the simulated board
 mosquitto openssh-server             : independent peers in the tests: a broker, an SSH server
 "
-# shellcheck disable=SC2086
+if [ "$(dpkg --print-architecture 2>/dev/null || true)" = arm64 ]; then
+    packages="$packages
+gcc libc6-dev : a compiler for the device"
+else
+    packages="$packages
+qemu-user-static binfmt-support : runs the arm64 half of package installation
+gcc-aarch64-linux-gnu libc6-dev-arm64-cross : a compiler for the device"
+fi
 wanted=$(printf '%s\n' "$packages" | sed 's/:.*//')
 missing=""
 for package in $wanted; do
