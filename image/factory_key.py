@@ -1,6 +1,7 @@
 """The SSH key with which the factory reaches units in factory mode; its public half goes into the image."""
 
 import os
+import secrets
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -24,7 +25,7 @@ def ensure(path: Path = DEFAULT_PATH) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         key = Ed25519PrivateKey.generate()
-        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         _write(new, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                       serialization.NoEncryption()), 0o600)  # fmt: skip
         try:
@@ -35,7 +36,7 @@ def ensure(path: Path = DEFAULT_PATH) -> Path:
             new.unlink()
     line = _public_line(path)
     if not public.exists() or public.read_text() != line:
-        new = public.with_name(f".{public.name}.{os.getpid()}")
+        new = public.with_name(f".{public.name}.{secrets.token_hex(4)}")
         _write(new, line.encode(), 0o644)
         new.replace(public)
     return path

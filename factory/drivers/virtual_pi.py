@@ -1,5 +1,6 @@
-"""The virtual Pi: the real image on QEMU's `virt` machine, one object that is medium, supply, console, network, PIR
-line and TPM at once, so that its parts agree.
+"""The virtual Pi: the real image on QEMU's `virt` machine.
+
+One object is medium, supply, console, network, PIR line and TPM at once, so that its parts agree.
 
 - It boots what the medium's FAT partition says, as a Pi's firmware would (`pi_boot`); a medium that does not boot says
   so on the console, and the board sits there with its power on, as a Pi does.
@@ -14,7 +15,6 @@ Unix sockets in a private folder.
 """
 
 import base64
-import os
 import secrets
 import selectors
 import shutil
@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from factory.drivers import qemu
 from factory.drivers.pi_boot import BootFiles, NoBootError, copy_file, read_boot_files
@@ -89,7 +90,7 @@ class VirtualPi:
         self._pir_high = False
         self._ssh_port = 0
 
-    def __enter__(self) -> "VirtualPi":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -448,7 +449,9 @@ def raspberry_pi_3(image: Path, place: Path) -> Iterator[str]:
             "qemu-system-aarch64",
             [
                 "-M", "raspi3b", "-no-user-config", "-nodefaults", "-display", "none",
-                "-kernel", str(boot.kernel), "-dtb", str(tree), "-append", boot.command_line,
+                # QEMU takes the start of the SoC's watchdog for a reset.
+                "-kernel", str(boot.kernel), "-dtb", str(tree),
+                "-append", f"{boot.command_line} systemd.watchdog_sec=0",
                 *(["-initrd", str(boot.initramfs)] if boot.initramfs else []),
                 "-drive", f"if=sd,format=qcow2,cache=unsafe,file={_escaped(card)}",
                 # The device tree sends the console to the second UART, as on a Pi 3 whose first one serves Bluetooth.
@@ -465,5 +468,4 @@ def raspberry_pi_3(image: Path, place: Path) -> Iterator[str]:
             machine.stop()
         console.close()
         shutil.rmtree(console_path.parent, ignore_errors=True)
-        with suppress(FileNotFoundError):
-            os.unlink(card)
+        card.unlink(missing_ok=True)
