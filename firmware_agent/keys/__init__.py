@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from firmware_agent import files
-from firmware_agent.errors import KeyFault
+from firmware_agent.errors import KeyFault, NoTpm
 from firmware_agent.keys import tpm
 from firmware_agent.keys.file_key import FileKeys
 from firmware_agent.keys.tpm_key import TpmKeys
@@ -72,6 +72,7 @@ def grade(settings: Settings) -> Grade:
 
     Raises:
         KeyFault: the recorded finding is unreadable. It is not looked for again: that would be the silent fallback.
+        NoTpm: a TPM is there, but cannot be used; taking this for "no TPM" would be the silent fallback, too.
     """
     if settings.key.store in ("file", "tpm"):
         return "tpm" if settings.key.store == "tpm" else "file"
@@ -79,11 +80,19 @@ def grade(settings: Settings) -> Grade:
     try:
         recorded = record.read_text().strip()
     except FileNotFoundError:
-        recorded = "tpm" if tpm.present(settings.tpm.tcti) else "file"
+        recorded = _probe(settings.tpm.tcti)
         files.write_atomic(record, f"{recorded}\n".encode())
     if recorded not in ("file", "tpm"):
         raise KeyFault(f"{record} says {recorded!r}, which is no key store; this unit must go back to the factory")
     return "tpm" if recorded == "tpm" else "file"
+
+
+def _probe(tcti: str) -> Grade:
+    if tpm.present(tcti):
+        return "tpm"
+    if tpm.fitted(tcti):
+        raise NoTpm(f"there is a TPM at {tcti}, but it does not answer; is the agent's user in the group tss?")
+    return "file"
 
 
 def open_store(settings: Settings) -> KeyStore:

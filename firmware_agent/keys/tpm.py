@@ -119,6 +119,12 @@ def _command(channel: _Channel, tag: int, code: int, body: bytes) -> bytes:
     return response[_HEADER.size :]
 
 
+def fitted(tcti: str) -> bool:
+    """Whether the kernel has made a device for a TPM there, usable or not."""
+    kind, _, path = tcti.partition(":")
+    return kind == "device" and os.path.exists(path)  # noqa: PTH110 - a string of tpm2-tss, not a path of ours
+
+
 def present(tcti: str) -> bool:
     """Whether a TPM 2.0 answers there."""
     if not tcti:

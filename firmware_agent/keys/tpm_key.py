@@ -32,7 +32,11 @@ _OK: Final = 0  # CKR_OK
 
 def environment(settings: Settings) -> Mapping[str, str]:
     """What libtpm2_pkcs11 must find in the environment when it is loaded."""
-    return {"TPM2_PKCS11_STORE": str(settings.paths.tpm_store), "TPM2_PKCS11_TCTI": settings.tpm.tcti}
+    return {
+        "TPM2_PKCS11_STORE": str(settings.paths.tpm_store),
+        "TPM2_PKCS11_TCTI": settings.tpm.tcti,
+        "TPM2_PKCS11_BACKEND": "esysdb",  # the store above; not FAPI's system-wide one, where that is compiled in
+    }
 
 
 def use(settings: Settings) -> None:
@@ -219,6 +223,8 @@ class TpmKeys:
         pins = self._pins()
         try:
             return token.open(rw=True, user_pin=pins["user"])
+        except pkcs11.UserAlreadyLoggedIn:
+            return token.open(rw=True)  # by another session of this process, and a login counts for all of them
         except (pkcs11.PinIncorrect, pkcs11.UserPinNotInitialized):
             # A crash between C_InitToken and C_InitPIN: the token is ours, its user has no PIN yet.
             with token.open(rw=True, so_pin=pins["officer"]) as officer:

@@ -430,12 +430,19 @@ def tpm_parts_missing() -> list[str]:
     return missing
 
 
+def free_pair() -> int:
+    """The lower of two free ports: tpm2-tss takes swtpm's control socket to be one above the data socket."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
+            return port
+
+
 @contextlib.contextmanager
 def swtpm(state: Path) -> Iterator[str]:
     """A software TPM with its state in a directory; gives its TCTI."""
     state.mkdir(exist_ok=True)
-    # tpm2-tss takes the control socket to be one port above the data socket.
-    port = free_port()
+    port = free_pair()
     process = subprocess.Popen(
         [
             "swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}",

@@ -306,6 +306,18 @@ def test_probing_is_done_once_and_for_ever(tmp_path: Any, connect: Connect) -> N
     assert fault.value.code == "no-tpm"
 
 
+def test_a_tpm_that_may_not_be_opened_is_not_taken_for_none(tmp_path: Any, connect: Connect) -> None:
+    device = tmp_path / "tpmrm0"
+    device.mkdir()  # opening it for writing fails, whoever asks
+    unit = Unit.make(tmp_path, store="probe-once", tcti=f"device:{device}")
+
+    with pytest.raises(FaultError, match="group tss") as fault:
+        connect(unit).ask("identify")
+
+    assert fault.value.code == "no-tpm"
+    assert not unit.settings.paths.key_store.exists()
+
+
 def test_a_damaged_finding_is_not_looked_for_again(tmp_path: Any, connect: Connect) -> None:
     unit = Unit.make(tmp_path, store="probe-once")
     unit.settings.paths.state.mkdir()
