@@ -23,8 +23,6 @@ from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from image.errors import ManifestError
-from image.manifest import ImageManifest
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -39,7 +37,7 @@ from factory import authority
 from factory.authority import CertificateAuthority
 from factory.bench import Bench, Image, Unit
 from factory.benches import BenchFile, load_bench_file, open_bench
-from factory.errors import CloudFault, ExitCode, FactoryError, StationFault, UnitFault, UserMistake
+from factory.errors import CloudFault, ExitCode, FactoryError, StationFault, UserMistake
 from factory.files import write_whole
 from factory.limits import load_limits
 from factory.line import Made, Product, produce
@@ -47,6 +45,8 @@ from factory.record import Journal, NoWatcher, Records, RunFacts, Watcher, open_
 from factory.screen import JsonLines, LiveTable, record_json, run_table
 from firmware_agent.topics import valid_serial
 from image import factory_key, sample
+from image.errors import ManifestError
+from image.manifest import ImageManifest
 
 P = ParamSpec("P")
 
@@ -362,23 +362,25 @@ def demo(
 ) -> ExitCode:
     """Make the next unit on a simulated or virtual bench, wave at its PIR, and show the SMS that its owner gets."""
     file = load_bench_file(bench)
-    if file.cloud.target != "local" or file.board.scheme == "rpi":
+    if file.cloud.target != "local" or file.board.scheme not in SERIAL_PREFIXES:
         raise UserMistake("the demo is for boards and clouds that are not real", advice="Use: ./station.py run")
     with running_cloud(file) as endpoint:
         prepare(file)
         with closing(open_records(file)) as records:
-            serial = next_serial(records)
+            serial = next_serial(records, file.board.scheme)
         say(f"The line makes {serial} on bench {file.name}.")
         with Station.opened(bench, serial) as station:
             station.registry.owner(serial, DEMO_PHONE, DEMO_ZONE)
-            attempt = station.run(rework=False, as_json=False)
-            alarm = None if attempt.made is None else raise_alarm(station, endpoint)
+            attempt, alarm = station.run(rework=False, as_json=False), None
             path = summary or file.labels.parent / "summary.json"
-            write_whole(path, json.dumps(summarise(station, attempt, alarm), indent=2).encode(), mode=0o644)
-    if attempt.made is None or alarm is None:
-        return ExitCode.UNIT_FAILED if attempt.code is ExitCode.PASS else attempt.code
-    show_story(bench, attempt.made, alarm, path)
-    return ExitCode.PASS
+            try:
+                if attempt.made is not None:
+                    alarm = raise_alarm(station, endpoint)
+            finally:
+                write_whole(path, json.dumps(summarise(station, attempt, alarm), indent=2).encode(), mode=0o644)
+    if attempt.made is not None and alarm is not None:
+        show_story(file, attempt.made, alarm, path)
+    return attempt.code
 
 
 def say(text: str) -> None:
@@ -418,10 +420,15 @@ def prepare(file: BenchFile) -> None:
         sample.build(file.image)
 
 
-def next_serial(records: Records) -> str:
-    """The serial after the last one of the demo."""
-    numbers = [int(serial.removeprefix("PK-")) for serial in records.serials() if re.fullmatch(r"PK-[0-9]{6}", serial)]
-    return f"PK-{max(numbers, default=0) + 1:06}"
+#: The demos share a cloud, so their serials must not meet.
+SERIAL_PREFIXES = {"simulated": "PK-S", "virtual": "PK-V"}
+
+
+def next_serial(records: Records, scheme: str) -> str:
+    """The serial after the last one that the demo made on this kind of board."""
+    pattern = re.compile(re.escape(SERIAL_PREFIXES[scheme]) + "([0-9]{5})")
+    numbers = [int(found[1]) for found in map(pattern.fullmatch, records.serials()) if found]
+    return f"{SERIAL_PREFIXES[scheme]}{max(numbers, default=0) + 1:05}"
 
 
 @dataclass(frozen=True)
@@ -438,10 +445,10 @@ ALARM_SECONDS = 120.0
 
 
 def raise_alarm(station: Station, endpoint: LocalEndpoint) -> Alarm:
-    """Wave at the unit's PIR until its owner gets an SMS: a PIR is deaf for its first minute with power.
+    """Wave at the unit's PIR until its owner gets an SMS: the unit ignores its PIR for a minute after power-up.
 
     Raises:
-        UnitFault: no SMS came.
+        CloudFault: no SMS came.
     """
     begun = time.monotonic()
     with out.status("Waving at the PIR") as status:
@@ -452,10 +459,10 @@ def raise_alarm(station: Station, endpoint: LocalEndpoint) -> Alarm:
                 for message in launcher.sms(endpoint, since):
                     return Alarm(message.to, message.text, time.monotonic() - waved)
                 time.sleep(0.01)
-            status.update("Waving at the PIR again: it is deaf for its first minute with power")
-    raise UnitFault(
-        f"no SMS within {ALARM_SECONDS:.0f} s of waving at the PIR of {station.unit.serial}",
-        advice="Look at the alarm rule and at process_alarm: `make cloud` deploys both.",
+            status.update("Waving at the PIR again: the unit ignores it for a minute after power-up")
+    raise CloudFault(
+        f"no SMS within {ALARM_SECONDS:.0f} s of waving at the PIR of {station.unit.serial}, which has passed the line",
+        advice="The alarm rule or process_alarm is missing in the cloud: deploy the stack again (make cloud).",
     )
 
 
@@ -482,31 +489,27 @@ def summarise(station: Station, attempt: Attempt, alarm: Alarm | None) -> dict[s
     }
 
 
-def show_story(bench: Path, made: Made, alarm: Alarm, summary: Path) -> None:
+def show_story(file: BenchFile, made: Made, alarm: Alarm, summary: Path) -> None:
     """The end of the demo: what came of it, and what to try next."""
     if made.key == "file":
-        say("Key grade: file. No TPM emulator is installed here, and the record says so. (make demo-vm has a TPM.)")
+        say("Key grade: file. No TPM emulator is installed here, and the record says so; make demo-vm brings one.")
     say(f"Label: {made.label}")
     say(f"Summary: {summary}")
+    title = f"SMS to {alarm.to}, {alarm.seconds * 1000:.0f} ms after the movement"
     out.print(
-        Panel(
-            Text(alarm.text, style="bold"),
-            title=f"SMS to {alarm.to}, {alarm.seconds * 1000:.0f} ms after the movement",
-            title_align="left",
-            border_style="green",
-            expand=False,
-        )
+        Panel(Text(alarm.text, style="bold"), title=title, title_align="left", border_style="green", expand=False)
     )
+    serial, python = made.unit.serial, ".venv/bin/python"
+    again, other = ("demo", "demo-vm") if file.board.scheme == "simulated" else ("demo-vm", "demo")
     out.print("What to try next:", style="bold")
-    serial = made.unit.serial
-    for line in (
-        f".venv/bin/python station.py record {serial} --bench {bench}      all that happened to this unit",
-        f".venv/bin/python station.py run --bench {bench} --serial {serial}   it has passed: refused",
-        "make demo          the next unit",
-        "make demo-vm       the same on the real image in a virtual Pi",
-        "make doctor        what the local cloud refuses (after make cloud)",
+    for line, why in (
+        (f"{python} station.py record {serial} --bench {file.path}", "all that happened to this unit"),
+        (f"{python} station.py run --bench {file.path} --serial {serial}", "it has passed: the line refuses it"),
+        (f"make {again}", "the next unit"),
+        (f"make {other}", "the same story on the " + ("real image" if other == "demo-vm" else "simulated board")),
+        ("make cloud doctor", "what the local cloud refuses"),
     ):
-        out.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        out.print(Text("  ").append(line, style="cyan").append(f"   {why}", style="dim"), soft_wrap=True)
 
 
 def stop_on_signals() -> None:

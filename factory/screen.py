@@ -131,12 +131,22 @@ _SHOWN_NOTES = {
 def _seen(step: StepView, colour: str) -> Text:
     if step.reason:
         return Text(step.reason, style=colour)
-    parts = [f"{m.name} {m.value:.3g} {m.unit}" for m in step.measurements]
+    parts = [f"{_words(m.name, m.unit)} {_figure(m.value)} {m.unit}" for m in step.measurements]
     for name in _SHOWN_NOTES.get(step.name, ()):
         value = step.notes.get(name)
         if value is not None:
-            parts.append(f"{name.replace('_', ' ')} {_short(value)}")
+            parts.append(f"{_words(name)} {_short(value)}")
     return Text(" · ".join(parts), overflow="fold")
+
+
+def _words(name: str, unit: str = "") -> str:
+    """A measurement's name as people say it: without the unit of measure that stands behind its value."""
+    *words, last = name.split("_")
+    return " ".join(words if words and last in {"s", "c", "mib", unit} else [*words, last])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _short(value: Any) -> str:

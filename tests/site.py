@@ -31,16 +31,18 @@ batch = "WO-0001"
 image = "{image}"
 records = "sqlite:///{base}/records.db"
 labels = "{base}/labels"
-factory_key = "{base}/keys/factory"
+factory_key = "{key}"
 [board]
-uri = "simulated:{base}/boards/{{serial}}"
+uri = "{board}:{base}/boards/{{serial}}"
 faults = {faults}
+{options}
 [authority]
 directory = "{authority}"
 passphrase_file = "{passphrase}"
 [cloud]
 target = "local"
 state = "{cloud}"
+guest = {guest}
 """
 
 
@@ -61,7 +63,7 @@ class Site:
         return f"PK-{self._serials:06}"
 
     def bench(self, *faults: str, **changes: str) -> Path:
-        """A bench file for a simulated board with `faults`."""
+        """A bench file for a simulated board with `faults`; `changes` are values of the file."""
         self._benches += 1
         settings = {
             "base": str(self.base),
@@ -69,16 +71,35 @@ class Site:
             "authority": str(self.base / "ca"),
             "passphrase": str(self.base / "ca.passphrase"),
             "cloud": str(self.base / "cloud"),
+            "key": str(self.base / "keys/factory"),
+            "board": "simulated",
+            "options": "",
+            "guest": "false",
             "name": f"test-{os.getpid()}-{self._benches}",
         } | changes
         path = self.base / f"bench-{self._benches}.toml"
         path.write_text(BENCH.format(faults=json.dumps(list(faults)), **settings))
         return path
 
-    def run(self, serial: str, *faults: str, rework: bool = False, **changes: str) -> tuple[Attempt, RunView]:
+    def virtual(self) -> dict[str, str]:
+        """What changes in a bench file for a virtual Pi with the image that `make image` built."""
+        return {
+            "board": "virtual",
+            "guest": "true",
+            "image": str(ROOT / "build/image/picket.json"),
+            "key": str(ROOT / "build/keys/factory"),
+        }
+
+    def run(self, serial: str, *faults: str, **changes: str) -> tuple[Attempt, RunView]:
         """Run a unit in this process; how it ended, and its latest run."""
         with Station.opened(self.bench(*faults, **changes), serial) as station:
-            attempt = station.run(rework=rework, as_json=False)
+            attempt = station.run(rework=False, as_json=False)
+        return attempt, self.record(serial)[-1]
+
+    def rework(self, serial: str) -> tuple[Attempt, RunView]:
+        """Make a unit again that has passed."""
+        with Station.opened(self.bench(), serial) as station:
+            attempt = station.run(rework=True, as_json=False)
         return attempt, self.record(serial)[-1]
 
     def record(self, serial: str) -> tuple[RunView, ...]:

@@ -131,7 +131,7 @@ def test_rework_retires_the_old_certificate(site: Site) -> None:
     serial = site.serial()
     first, _ = site.run(serial)
 
-    second, run = site.run(serial, rework=True)
+    second, run = site.rework(serial)
 
     assert first.made is not None
     assert second.made is not None

@@ -4,6 +4,7 @@ The factory key opens one thing only, the agent's provisioning wire (a forced co
 """
 
 import base64
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,9 @@ from firmware_agent.wire import (
     decode_reply,
     encode_request,
 )
+
+# What paramiko logs it also raises, and what it raises is told in the line's own words.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 USER = "picket"
 CONNECT_SECONDS = 30.0
