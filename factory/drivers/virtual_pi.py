@@ -128,6 +128,11 @@ class VirtualPi:
         """Whether something runs on it."""
         return self._qemu is not None and self._qemu.running
 
+    @property
+    def child_pids(self) -> tuple[int, ...]:
+        """Process ids of its machine and its TPM, as far as they run."""
+        return tuple(child.pid for child in (self._qemu, self._swtpm) if child is not None and child.running)
+
     def on(self) -> None:
         """Supply the board; nothing happens if it is supplied. Returns when the machine has begun to boot.
 

@@ -112,7 +112,7 @@ def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
         bmap.check(image, found)
 
 
-@pytest.mark.skipif(shutil.which("bmaptool") is None, reason="needs bmaptool (package bmap-tools)")
+@pytest.mark.skipif(shutil.which("bmaptool") is None, reason="bmaptool is not installed (package bmap-tools)")
 def test_bmaptool_writes_the_same_image_by_our_map(tmp_path: Path) -> None:
     image = sparse_image(tmp_path / "sparse.img")
     (tmp_path / "sparse.bmap").write_text(bmap.write(bmap.create(image)))
@@ -122,7 +122,7 @@ def test_bmaptool_writes_the_same_image_by_our_map(tmp_path: Path) -> None:
     assert (tmp_path / "copy.img").read_bytes() == image.read_bytes()
 
 
-@pytest.mark.skipif(shutil.which("bmaptool") is None, reason="needs bmaptool (package bmap-tools)")
+@pytest.mark.skipif(shutil.which("bmaptool") is None, reason="bmaptool is not installed (package bmap-tools)")
 def test_we_read_what_bmaptool_writes(tmp_path: Path) -> None:
     image = sparse_image(tmp_path / "sparse.img")
 

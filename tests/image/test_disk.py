@@ -63,7 +63,7 @@ def test_identifiers_follow_from_names() -> None:
     assert disk.identifier("picket", "0.1.0", "root") != disk.identifier("picket", "0.1.1", "root")
 
 
-@pytest.mark.skipif(shutil.which("sfdisk") is None, reason="needs sfdisk (package fdisk)")
+@pytest.mark.skipif(shutil.which("sfdisk") is None, reason="sfdisk is not installed (package fdisk)")
 def test_sfdisk_reads_the_same_table(tmp_path: Path) -> None:
     slices = disk.lay_out([(FAT32_LBA, 96 * MEBIBYTE), (LINUX, 10 * MEBIBYTE)])
     image = tmp_path / "disk.img"

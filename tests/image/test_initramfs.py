@@ -43,7 +43,7 @@ def test_what_is_packed_comes_out_again(files: list[tuple[str, bytes]]) -> None:
     assert found == [(name, stat.S_IFREG | 0o644, data) for name, data in files]
 
 
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="needs cpio")
+@pytest.mark.skipif(shutil.which("cpio") is None, reason="cpio is not installed")
 def test_cpio_itself_unpacks_it(tmp_path: Path) -> None:
     entries = [initramfs.directory("bin"), initramfs.file("bin/run", b"#!/bin/sh\n", executable=True)]
 
