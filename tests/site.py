@@ -73,7 +73,7 @@ class Site:
             "cloud": str(self.base / "cloud"),
             "key": str(self.base / "keys/factory"),
             "board": "simulated",
-            "options": "",
+            "options": "tpm = false",
             "guest": "false",
             "name": f"test-{os.getpid()}-{self._benches}",
         } | changes
@@ -85,6 +85,7 @@ class Site:
         """What changes in a bench file for a virtual Pi with the image that `make image` built."""
         return {
             "board": "virtual",
+            "options": "tpm = true",
             "guest": "true",
             "image": str(ROOT / "build/image/picket.json"),
             "key": str(ROOT / "build/keys/factory"),

@@ -17,6 +17,7 @@ ARROWS = {
     "factory": {"image.manifest", "image.bmap", "image.errors", "firmware_agent.wire", "firmware_agent.topics"},
     "factory/drivers/simulated.py": {"firmware_agent"},
     "factory/drivers/faults.py": {"firmware_agent"},
+    "factory/drivers/software_tpm.py": {"firmware_agent"},
 }
 
 

@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from factory.drivers.software_tpm import missing
 from factory.errors import CloudFault, ExitCode, SignerFault, StationFault, UserMistake
 from factory.label import scan
 from factory.line import STEPS
@@ -104,6 +105,23 @@ def test_a_pir_that_never_fires_fails_the_unit(site: Site, monkeypatch: pytest.M
     assert attempt.code is ExitCode.UNIT_FAILED
     assert failed_in(run) == "self-test"
     assert "never fired" in (run.reason or "")
+
+
+def test_a_board_with_a_tpm_keeps_its_key_there(site: Site) -> None:
+    if missing():
+        pytest.skip(f"{', '.join(missing())} is not installed: make setup")
+    serial = site.serial()
+
+    attempt, run = site.run(serial, options="tpm = true")
+
+    assert attempt.made is not None, run.reason
+    assert attempt.made.key == "tpm"
+    assert run.steps[STEPS.index("identify")].notes["ek_sha256"]
+    state = site.base / "boards" / serial / "root/var/lib/picket"
+    assert not (state / "key.pem").exists()
+    device = site.registry.device(serial)
+    assert device is not None
+    assert device.key == "tpm"
 
 
 def test_a_unit_that_failed_passes_once_it_is_mended(site: Site) -> None:

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from factory.drivers.pir import PirFault
-from firmware_agent.settings import Settings
 from firmware_agent.wire import Result, Stream, decode_reply, decode_request, encode_reply
 
 SMALL_MEDIUM = "small-medium"  # smaller than the image
@@ -21,7 +20,7 @@ FLIPPED_BIT = "flipped-bit"  # one bit of the medium changes after the write
 NO_BANNER = "no-banner"  # the unit boots, but its console is dead
 WRONG_HOST_KEY = "wrong-host-key"  # SSH shows another host key than the console
 HOT = "hot"  # the SoC is at 97 degrees
-WRONG_KEY = "wrong-key"  # another key is installed after enrolment
+WRONG_KEY = "wrong-key"  # the key that is installed is not the one that was enrolled
 CSR_UNSIGNED = "csr-unsigned"  # the CSR is not signed by its own key
 CSR_RSA = "csr-rsa-1024"  # the CSR holds an RSA-1024 key
 CSR_OTHER = "csr-other-subject"  # the CSR speaks for another unit
@@ -31,16 +30,15 @@ KNOWN = frozenset(
 )
 
 
-def tampered(stream: Stream, faults: frozenset[str], settings: Settings) -> Stream:
+def tampered(stream: Stream, faults: frozenset[str]) -> Stream:
     """The unit's end of the wire, with the answers that its faults make of the agent's."""
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         CSR_UNSIGNED: _unsigned,
         CSR_RSA: _rsa,
         CSR_OTHER: _other_subject,
+        WRONG_KEY: _other_key,
     }
     chosen = [change for name, change in changes.items() if name in faults]
-    if WRONG_KEY in faults:
-        chosen.append(lambda result: _other_key(result, settings))
     return _Tampered(stream, chosen) if chosen else stream
 
 
@@ -98,12 +96,8 @@ def _other_subject(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"csr": _csr(name, ec.generate_private_key(ec.SECP256R1()))}
 
 
-def _other_key(result: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    settings.paths.key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return result
+def _other_key(result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"csr": _csr(_subject(result), ec.generate_private_key(ec.SECP256R1()))}
 
 
 def _csr(name: x509.Name, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> str:

@@ -35,12 +35,14 @@ from factory.drivers import faults as injected
 from factory.drivers.console import SerialConsole
 from factory.drivers.media import FileMedium, FileStorage
 from factory.drivers.pir import Pir, PirFault
+from factory.drivers.software_tpm import SoftwareTpm, missing
 from factory.drivers.ssh import SshShell
 from factory.errors import StationFault, UserMistake
 from factory.files import write_whole
 from firmware_agent import __version__ as agent_version
 from firmware_agent.board import ClockReading, Facts, Health
 from firmware_agent.errors import SettingsFault
+from firmware_agent.keys import tpm_key
 from firmware_agent.pins import FactoryPins
 from firmware_agent.product import Product
 from firmware_agent.provisioning import Provisioning
@@ -57,11 +59,12 @@ SECTOR = 512
 class SimulatedBoard:
     """A board in a folder. `faults` are names of `factory.drivers.faults.KNOWN`."""
 
-    def __init__(self, place: Path, factory_key: str, *, faults: frozenset[str]) -> None:
+    def __init__(self, place: Path, factory_key: str, *, faults: frozenset[str], tpm: bool) -> None:
         self._place = place
         self.factory_key = factory_key
         self.faults = faults
         place.mkdir(parents=True, exist_ok=True)
+        self._tpm = SoftwareTpm(place) if tpm else None
         self._root = place / "root"
         self._run = place / "run"
         self.serial = _kept(place / "soc-serial", lambda: f"10000000{secrets.token_hex(4)}")
@@ -83,6 +86,8 @@ class SimulatedBoard:
         """Power the board: its sensor wakes, and it boots what is on its medium."""
         if self._system is None:
             self.pir.power(on=True)
+            if self._tpm is not None:
+                self._tpm.on()
             self._system = _System(self, self._boot_medium())
             self._system.start()
 
@@ -91,6 +96,8 @@ class SimulatedBoard:
         system, self._system = self._system, None
         if system is not None:
             system.stop()
+        if self._tpm is not None:
+            self._tpm.off()
         self.pir.power(on=False)
 
     def close(self) -> None:
@@ -146,8 +153,11 @@ class SimulatedBoard:
             run=self._run.absolute(),
             host_key=(self._root / "etc/ssh/ssh_host_ed25519_key.pub").absolute(),
         )
-        tpm = replace(settings.tpm, tcti="")
-        return replace(settings, paths=paths, tpm=tpm)
+        tpm = replace(settings.tpm, tcti="") if self._tpm is None else self._tpm.fitted(settings.tpm)
+        settings = replace(settings, paths=paths, tpm=tpm)
+        if self._tpm is not None:
+            tpm_key.use(settings)
+        return settings
 
 
 class _DrivenPin(MockPin):  # type: ignore[misc]  # gpiozero is not typed
@@ -283,7 +293,7 @@ class _System:
             FactoryPins(self._hardware.pins, PIR_LINE),
             on_seal=lambda: self._thread(self._seal, settings),
         )
-        stream = injected.tampered(_ChannelStream(channel), self._hardware.faults, settings)
+        stream = injected.tampered(_ChannelStream(channel), self._hardware.faults)
         with suppress(OSError, EOFError):
             agent.serve(stream)
         with suppress(OSError, EOFError):
@@ -479,36 +489,40 @@ class _SimulatedMedium:
         return self._medium.read(offset, length)
 
 
-class _Supply:
-    """The simulated board's supply."""
-
-    def __init__(self, board: SimulatedBoard) -> None:
-        self.on = board.on
-        self.off = board.off
-
-
 @contextmanager
 def open_bench(place: Path, key: Path, options: Mapping[str, Any]) -> Iterator[Bench]:
     """A bench with a simulated board in it.
 
+    Args:
+        place: the board's folder.
+        key: the factory's SSH key.
+        options: `faults`, and `tpm`: whether one is fitted; left out, one is where this machine can emulate it.
+
     Raises:
         UserMistake: an option or a fault is not known.
+        StationFault: a TPM is asked for, and this machine cannot emulate one.
     """
     faults = options.get("faults", [])
-    unknown = set(options) - {"faults"} or set(faults) - injected.KNOWN
+    unknown = sorted({*set(options) - {"faults", "tpm"}, *set(faults) - injected.KNOWN})
     if unknown:
         raise UserMistake(
-            f"the simulated board knows no {', '.join(sorted(unknown))}",
-            advice=f"Faults: {', '.join(sorted(injected.KNOWN))}.",
+            f"the simulated board knows no {', '.join(unknown)}",
+            advice=f"Options: faults, tpm. Faults: {', '.join(sorted(injected.KNOWN))}.",
         )
-    public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
+    lacking = missing()
+    if options.get("tpm") is True and lacking:
+        raise StationFault(f"a TPM needs {', '.join(lacking)}", advice="Install the system packages: make setup")
+    try:
+        public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
+    except OSError as error:
+        raise StationFault(f"the factory key {key} is missing", advice="make demo makes one.") from error
     with ExitStack() as stack:
-        board = SimulatedBoard(place, public, faults=frozenset(faults))
+        board = SimulatedBoard(place, public, faults=frozenset(faults), tpm=options.get("tpm", not lacking))
         stack.callback(board.close)
         yield Bench(
             name=f"simulated board {board.serial}",
             storage=board.storage,
-            power=_Supply(board),
+            power=board,
             console=SerialConsole(board.console_url),
             shell=SshShell(key, board.ssh_address),
             stimulus=board,
