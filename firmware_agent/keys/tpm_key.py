@@ -36,6 +36,7 @@ def environment(settings: Settings) -> Mapping[str, str]:
         "TPM2_PKCS11_STORE": str(settings.paths.tpm_store),
         "TPM2_PKCS11_TCTI": settings.tpm.tcti,
         "TPM2_PKCS11_BACKEND": "esysdb",  # the store above; not FAPI's system-wide one, where that is compiled in
+        "TPM2_PKCS11_LOG_LEVEL": "0",  # errors only: a store that is new is nothing to warn about
     }
 
 
