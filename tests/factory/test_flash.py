@@ -48,7 +48,7 @@ class Recorder(FileMedium):
     def __init__(self, path: Path, descriptor: int) -> None:
         super().__init__(path, descriptor)
         self.asked: list[tuple[str, int]] = []
-        self.after_flush = lambda: None
+        self.after_flush: Callable[[], None] = lambda: None
 
     def discard(self) -> None:
         self.asked.append(("discard", 0))
