@@ -6,9 +6,12 @@ last life. Block 0 holds the partition table; as it comes last, a medium that wa
 
 import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from factory.bench import Image, Medium, Storage
@@ -19,6 +22,8 @@ from image.bmap import Bmap
 from image.errors import ManifestError
 
 CHUNK = 4 * 2**20
+#: In chunks.
+READ_AHEAD = 4
 
 _BAD_MEDIUM = "Put in a new medium. If that fails too, the reader or its cable is faulty."
 _BAD_IMAGE = "Build or fetch the image again: the file on the station is not what its block map says."
@@ -39,16 +44,18 @@ def flash(storage: Storage, image: Image, step: Step) -> None:
     """
     block_map = load_block_map(image)
     total = block_map.mapped_bytes
-    with storage.attach() as medium:
+    with storage.attach() as medium, ThreadPoolExecutor(1) as beside:
         step.note("medium", medium.name)
         if medium.size < image.size:
             raise UnitFault(
                 f"the medium {medium.name} is too small: {medium.size:,} bytes, the image needs {image.size:,}",
                 advice="Put in a larger medium.",
             )
+        checking = beside.submit(_check, image, block_map)  # while the medium is busy
         medium.discard()
-        head = _write(image, block_map, medium, step, total)
+        head = _write(image, block_map, medium, step, total, checking)
         medium.flush()  # a cache of the medium's own must not put block 0 first
+        checking.result()
         medium.write(0, head)
         medium.flush()
         digest = _read_back(block_map, medium, step, total)
@@ -72,30 +79,44 @@ def load_block_map(image: Image) -> Bmap:
     return block_map
 
 
-def _write(image: Image, block_map: Bmap, medium: Medium, step: Step, total: int) -> bytes:
-    """Write every mapped range but block 0, which is returned; hash while the medium is busy."""
+def _check(image: Image, block_map: Bmap) -> None:
+    """Compare the image with its block map.
+
+    Raises:
+        StationFault: it differs.
+    """
+    descriptor = _open(image.path)
+    try:
+        for one in block_map.ranges:
+            digest = hashlib.sha256()
+            for chunk in _chunks(block_map, one):
+                digest.update(os.pread(descriptor, chunk.length, chunk.offset))
+            if digest.hexdigest() != one.sha256:
+                raise StationFault(
+                    f"the image {image.path} is damaged: blocks {one.first}-{one.last} do not match its block map",
+                    advice=_BAD_IMAGE,
+                )
+    finally:
+        os.close(descriptor)
+
+
+def _write(image: Image, block_map: Bmap, medium: Medium, step: Step, total: int, checking: "Future[None]") -> bytes:
+    """Write every mapped range but block 0, which is returned; stop as soon as the check has found the image bad."""
     head, done = b"", 0
     descriptor = _open(image.path)
     try:
-        with ThreadPoolExecutor(1) as hasher:
-            for one in block_map.ranges:
-                digest = hashlib.sha256()
-                for chunk in _chunks(block_map, one):
-                    data = os.pread(descriptor, chunk.length, chunk.offset)
-                    hashing = hasher.submit(digest.update, data)
-                    if chunk.offset == 0:
-                        head = data[: block_map.block_size]
-                        medium.write(len(head), memoryview(data)[len(head) :])
-                    else:
-                        medium.write(chunk.offset, data)
-                    hashing.result()
-                    done += chunk.length
-                    step.progress(done, 2 * total, "write")
-                if digest.hexdigest() != one.sha256:
-                    raise StationFault(
-                        f"the image {image.path} is damaged: blocks {one.first}-{one.last} do not match its block map",
-                        advice=_BAD_IMAGE,
-                    )
+        for one in block_map.ranges:
+            for chunk in _chunks(block_map, one):
+                data = os.pread(descriptor, chunk.length, chunk.offset)
+                if chunk.offset == 0:
+                    head = data[: block_map.block_size]
+                    medium.write(len(head), memoryview(data)[len(head) :])
+                else:
+                    medium.write(chunk.offset, data)
+                done += chunk.length
+                step.progress(done, 2 * total, "write")
+                if checking.done():
+                    checking.result()
     finally:
         os.close(descriptor)
     return head
@@ -113,16 +134,11 @@ def _open(path: Path) -> int:
 def _read_back(block_map: Bmap, medium: Medium, step: Step, total: int) -> str:
     """Compare every mapped range on the medium; the digest over the ranges' digests."""
     done, whole = total, hashlib.sha256()
-    with ThreadPoolExecutor(1) as reader:
+    with closing(_read_ahead(block_map, medium)) as read:
         for one in block_map.ranges:
             digest = hashlib.sha256()
-            chunks = list(_chunks(block_map, one))
-            ahead = reader.submit(medium.read, chunks[0].offset, chunks[0].length)
-            for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-                data = ahead.result()
-                if following is not None:
-                    ahead = reader.submit(medium.read, following.offset, following.length)
-                digest.update(data)
+            for chunk in _chunks(block_map, one):
+                digest.update(next(read))
                 done += chunk.length
                 step.progress(done, 2 * total, "read back")
             if digest.hexdigest() != one.sha256:
@@ -132,6 +148,19 @@ def _read_back(block_map: Bmap, medium: Medium, step: Step, total: int) -> str:
                 )
             whole.update(digest.digest())
     return whole.hexdigest()
+
+
+def _read_ahead(block_map: Bmap, medium: Medium) -> Generator[bytes, None, None]:
+    """Every mapped chunk in order, some of them read ahead, so that neither medium nor processor waits."""
+    chunks = (chunk for one in block_map.ranges for chunk in _chunks(block_map, one))
+    reader = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(reader.submit(medium.read, chunk.offset, chunk.length) for chunk in islice(chunks, READ_AHEAD))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(reader.submit(medium.read, chunk.offset, chunk.length) for chunk in islice(chunks, 1))
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def _chunks(block_map: Bmap, one: bmap.Range) -> Iterator[_Chunk]:
