@@ -160,7 +160,7 @@ def test_the_functions_run_from_their_package_with_nothing_else_of_ours(tmp_path
     site = Path(boto3.__file__).parents[1]
     runtime = tmp_path / "runtime"
     runtime.mkdir()
-    for name in ("boto3", "botocore", "s3transfer", "urllib3"):
+    for name in ("boto3", "botocore", "s3transfer", "urllib3", "dateutil", "six.py"):
         (runtime / name).symlink_to(site / name)
     script = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'task')!r}, {str(runtime)!r}]\n"
