@@ -133,6 +133,17 @@ def test_a_power_cut_keeps_who_the_unit_is(image: ImageManifest, tmp_path: Path)
         assert again.banner.boot_id != first.banner.boot_id
 
 
+def test_a_power_cut_at_the_first_banner_keeps_the_host_key(image: ImageManifest, tmp_path: Path) -> None:
+    with VirtualPi(tmp_path) as board:
+        put_in(image, board)
+        board.on()
+        first = await_banner(board.console_url(), with_address=False)
+        board.cycle()
+        again = await_banner(board.console_url(), with_address=False)
+
+    assert again.host_key == first.host_key
+
+
 def test_an_empty_medium_does_not_boot_and_says_so(tmp_path: Path) -> None:
     with VirtualPi(tmp_path) as board:
         board.medium.write_bytes(bytes(2**20))
