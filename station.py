@@ -318,7 +318,9 @@ def load_image(description: Path) -> Image:
         manifest = ImageManifest.load(description)
         manifest.verify_files()
     except ManifestError as error:
-        raise StationFault(str(error), advice="Build the image again: make image") from error
+        raise StationFault(
+            str(error), advice="Build it: make image. The simulated bench's comes with make demo."
+        ) from error
     return Image(
         name=manifest.name,
         version=manifest.version,

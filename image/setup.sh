@@ -15,7 +15,7 @@ bmap-tools                           : the tests compare our block map with bmap
 qemu-system-arm qemu-utils           : the virtual Pi
 swtpm swtpm-tools                    : its TPM
 libtpm2-pkcs11-1 tpm2-abrmd dbus     : a TPM for the simulated board
-mosquitto openssh-server             : independent peers in the tests: a broker, an SSH server
+mosquitto openssh-server cpio        : independent peers in the tests: a broker, an SSH server, an archiver
 "
 if [ "$(dpkg --print-architecture 2>/dev/null || true)" = arm64 ]; then
     packages="$packages
