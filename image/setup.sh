@@ -14,8 +14,8 @@ python3-venv                         : the virtual environment
 bmap-tools                           : the tests compare our block map with bmaptool's
 qemu-system-arm qemu-utils           : the virtual Pi
 swtpm swtpm-tools                    : its TPM
-libtpm2-pkcs11-1 tpm2-abrmd dbus     : a TPM for the simulated board
-mosquitto openssh-server cpio        : independent peers in the tests: a broker, an SSH server, an archiver
+libtpm2-pkcs11-1                     : a TPM for the simulated board
+mosquitto cpio                       : independent peers in the tests: a broker, an archiver
 "
 if [ "$(dpkg --print-architecture 2>/dev/null || true)" = arm64 ]; then
     packages="$packages
@@ -46,7 +46,7 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 echo "Installing system packages (once):$missing"
 apt-get update --quiet --quiet
-# openssh-server and mosquitto are wanted as programs; nothing here shall start listening.
+# mosquitto is wanted as a program; nothing here shall start listening.
 policy=/usr/sbin/policy-rc.d
 made=""
 if [ ! -e "$policy" ]; then
