@@ -11,6 +11,8 @@ from factory.record import Step
 from firmware_agent.wire import Banner, MalformedError, parse_banner
 
 BOOT_SECONDS = 120.0
+#: The first banner may come before DHCP has answered; this long a later one with an address is worth waiting for.
+ADDRESS_SECONDS = 20.0
 #: How much of the console the record keeps of a unit that says nothing useful.
 TAIL_LINES = 12
 
@@ -49,6 +51,8 @@ def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) 
 
 def _await_banner(bench: Bench, step: Step, seconds: float) -> Banner:
     tail: list[str] = []
+    first: Banner | None = None
+    patience = 0.0
     for line in bench.console.lines(seconds):
         try:
             banner = parse_banner(line)
@@ -57,10 +61,17 @@ def _await_banner(bench: Bench, step: Step, seconds: float) -> Banner:
                 f"the unit's banner is not one that this station knows: {error}",
                 advice="The image is older or newer than the station. Flash the image of this release.",
             ) from error
-        if banner is not None:
+        if banner is not None and banner.addresses:
             return banner
+        if banner is not None and first is None:
+            first, patience = banner, time.monotonic() + ADDRESS_SECONDS
+            step.progress(0, 0, "the unit has no network address yet")
+        if first is not None and time.monotonic() > patience:
+            return first
         tail = [*tail, line.rstrip()][-TAIL_LINES:]
         step.progress(0, 0, line.strip()[:60])
+    if first is not None:
+        return first
     step.note("console", "\n".join(tail) or None)
     raise UnitFault(
         f"no factory banner within {seconds:.0f} s; the console "

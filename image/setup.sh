@@ -5,7 +5,7 @@ set -eu
 
 # one line each: why it is here
 packages="
-mmdebstrap debian-archive-keyring    : the base root file system, from Debian's packages
+mmdebstrap arch-test debian-archive-keyring : the base root file system, from Debian's packages
 dosfstools mtools e2fsprogs fdisk    : file systems and partition table, without loop devices
 zstd xz-utils kmod busybox-static    : compression, module lists, the initramfs' shell
 device-tree-compiler                 : our overlays, and the virtual Pi's device tree
