@@ -113,7 +113,7 @@ def _unpack_only(root: Path) -> None:
         f"--architectures={recipe.architecture}",
         f"--components={','.join(recipe.components)}",
         "--aptopt=APT::Install-Recommends false",
-        f"--include=?essential,{','.join(recipe.packages)}",
+        "--include=?essential", f"--include={','.join(recipe.packages)}",
         recipe.suite, root,
         *([recipe.mirror] if recipe.mirror else []),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from factory.flash import flash
 from factory.record import NoWatcher, Step
 from image.bmap import Bmap
 
-ROUNDS = 5
+ROUNDS = 9
 #: The smallest medium that the product is sold with.
 MEDIUM_BYTES = 4 * 2**30
 

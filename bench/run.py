@@ -141,7 +141,9 @@ def listed() -> Table:
 
 def show_figures(figures: Sequence[Figure], output: Path) -> None:
     """The table, and below it where the time goes."""
-    table = Table("name", "ours", "peer", "its value", "ratio", "target", "")
+    table = Table()
+    for heading in ("name", "ours", "peer", "its value", "ratio", "target", ""):
+        table.add_column(heading, no_wrap=heading != "peer")
     for one in figures:
         table.add_row(
             one.name,
@@ -149,7 +151,7 @@ def show_figures(figures: Sequence[Figure], output: Path) -> None:
             one.peer,
             number(one.peer_value, one.unit),
             number(one.ratio, ""),
-            f"≤ {one.target:g} {one.unit}" if one.target is not None else "",
+            f"≤ {number(one.target, one.unit)}" if one.target is not None else "",
             verdict(one),
         )
     out.print(table)
