@@ -22,11 +22,11 @@ $(VENV)/.station: requirements/station.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Picket needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: install the package python3-venv, then try again."; exit 2; }
 	@echo "Installing the Python packages (once)..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/station.lock
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/station.lock
 	@touch $@
 
 $(VENV)/.development: requirements/development.lock $(VENV)/.station
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/development.lock
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/development.lock
 	@touch $@
 
 demo: $(VENV)/.station ## take a simulated unit through the line to its first SMS: no root, no AWS, no hardware
