@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -382,7 +383,16 @@ def demo(
                 write_whole(path, json.dumps(summarise(station, attempt, alarm), indent=2).encode(), mode=0o644)
     if attempt.made is not None and alarm is not None:
         show_story(file, attempt.made, alarm, path)
+        forget_older_boards(file, serial)
     return attempt.code
+
+
+def forget_older_boards(file: BenchFile, serial: str) -> None:
+    """Keep the demo's last board only: a virtual Pi's medium takes some hundred megabytes."""
+    board = Path(file.board.place.replace("{serial}", serial))
+    for other in board.parent.glob(f"{SERIAL_PREFIXES[file.board.scheme]}[0-9]*"):
+        if other.name != board.name:
+            shutil.rmtree(other)
 
 
 def say(text: str) -> None:

@@ -19,8 +19,8 @@ class FileMedium:
 
     @property
     def name(self) -> str:
-        """Its path."""
-        return str(self._path)
+        """Its path, seen from the folder that the station runs in."""
+        return os.path.relpath(self._path)
 
     def discard(self) -> None:
         """Make all of it a hole."""
