@@ -388,11 +388,12 @@ def demo(
 
 
 def forget_older_boards(file: BenchFile, serial: str) -> None:
-    """Keep the demo's last board only: a virtual Pi's medium takes some hundred megabytes."""
+    """Of the demo's boards that passed, keep the last: a virtual Pi's medium takes some hundred megabytes."""
     board = Path(file.board.place.replace("{serial}", serial))
-    for other in board.parent.glob(f"{SERIAL_PREFIXES[file.board.scheme]}[0-9]*"):
-        if other.name != board.name:
-            shutil.rmtree(other)
+    with closing(open_records(file)) as records:
+        for other in board.parent.glob(f"{SERIAL_PREFIXES[file.board.scheme]}[0-9]*"):
+            if other.name != board.name and records.passed(other.name):
+                shutil.rmtree(other)
 
 
 def say(text: str) -> None:
