@@ -140,15 +140,12 @@ def listed() -> Table:
 
 
 def show_figures(figures: Sequence[Figure], output: Path) -> None:
-    """The table, and below it where the time goes."""
-    table = Table()
-    for heading in ("name", "ours", "peer", "its value", "ratio", "target", ""):
-        table.add_column(heading, no_wrap=heading != "peer")
+    """The table, and below it who the peers are and where the time goes."""
+    table = Table("name", "ours", "peer", "ratio", "target", "")
     for one in figures:
         table.add_row(
             one.name,
             number(one.value, one.unit),
-            one.peer,
             number(one.peer_value, one.unit),
             number(one.ratio, ""),
             f"≤ {number(one.target, one.unit)}" if one.target is not None else "",
@@ -156,7 +153,7 @@ def show_figures(figures: Sequence[Figure], output: Path) -> None:
         )
     out.print(table)
     for one in figures:
-        out.print(f"  {one.name}: {one.note}", highlight=False, markup=False)
+        out.print(f"  {one.name} (peer: {one.peer}): {one.note}", highlight=False, markup=False)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     out.print(f"{os.cpu_count()} cores, load {load} at the end. Written to {output}.", highlight=False)
 
