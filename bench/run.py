@@ -44,7 +44,7 @@ app = typer.Typer(
 @app.command(help=__doc__, epilog="Example:  make bench ONLY=flash   or   .venv/bin/python bench/run.py --only flash")
 def bench(
     only: Annotated[list[str] | None, typer.Option(help="Measure only this; may be given several times.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also what takes many minutes.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also what takes minutes and downloads.")] = False,
     show: Annotated[bool, typer.Option("--list", help="Show what can be measured, and do nothing.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 1 when a target was missed.")] = False,
     image: Annotated[Path, typer.Option(help="The image to flash and boot.")] = Path("build/image/picket.json"),
@@ -101,7 +101,7 @@ def alone(folder: Path) -> Iterator[Path]:
 def take(measurement: Measurement, folder: Path, image: Path, *, wanted: bool) -> Figure:
     """Take one measurement; whatever goes wrong in it becomes its line of the result."""
     if measurement.slow and not wanted:
-        return Figure.without(measurement, f"takes many minutes; make bench ONLY={measurement.name}")
+        return Figure.without(measurement, f"takes minutes and downloads everything anew; make bench ONLY={measurement.name}")
     scratch = (folder / measurement.name).absolute()
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
