@@ -101,7 +101,8 @@ def alone(folder: Path) -> Iterator[Path]:
 def take(measurement: Measurement, folder: Path, image: Path, *, wanted: bool) -> Figure:
     """Take one measurement; whatever goes wrong in it becomes its line of the result."""
     if measurement.slow and not wanted:
-        return Figure.without(measurement, f"takes minutes and downloads everything anew; make bench ONLY={measurement.name}")
+        why = f"takes minutes and downloads everything anew; make bench ONLY={measurement.name}"
+        return Figure.without(measurement, why)
     scratch = (folder / measurement.name).absolute()
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
