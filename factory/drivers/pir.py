@@ -29,7 +29,7 @@ class Pir:
         self,
         drive: Callable[[bool], None],
         *,
-        hold_seconds: float = 0.6,
+        hold_seconds: float = 0.4,
         blocked_seconds: float = 0.3,
         fault: PirFault | None = None,
     ) -> None:

@@ -52,7 +52,7 @@ from firmware_agent.wire import Banner
 
 MEDIUM_BYTES = 64 * 2**20
 PIR_LINE = 17
-BANNER_SECONDS = 0.2
+BANNER_SECONDS = 0.05
 SECTOR = 512
 
 
