@@ -522,7 +522,8 @@ def show_story(file: BenchFile, made: Made, alarm: Alarm, summary: Path) -> None
         (f"make {other}", "the same story on the " + ("real image" if other == "demo-vm" else "simulated board")),
         ("make cloud doctor", "what the local cloud refuses"),
     ):
-        out.print(Text("  ").append(line, style="cyan").append(f"   {why}", style="dim"), soft_wrap=True)
+        out.print(Text(f"  {why}:", style="dim"))
+        out.print(Text(f"    {line}", style="cyan"), soft_wrap=True)
 
 
 def stop_on_signals() -> None:

@@ -70,7 +70,9 @@ class LiveTable:
                 done, total, text = self._progress
                 moving: RenderableType = Text(text, overflow="ellipsis", no_wrap=True)
                 if total:
-                    moving = Group(ProgressBar(total=total, completed=done, width=30), moving)
+                    beside = Table.grid(padding=(0, 1))
+                    beside.add_row(ProgressBar(total=total, completed=done, width=20), moving)
+                    moving = beside
                 table.add_row(Spinner("dots"), Text(name, style="bold"), "", moving)
             else:
                 table.add_row("", Text(name, style="dim"), "", "")
