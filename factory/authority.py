@@ -25,6 +25,9 @@ ORGANISATION = "Picket"
 #: IEEE 802.1AR-2018 and RFC 5280 4.1.2.5: a device identity has no well-defined end.
 NO_END = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
+#: An authority's files, in the order in which they are written.
+FILES = ("root.key", "signing.key", "root.pem", "signing.pem")
+
 ROOT_YEARS = 20
 SIGNING_YEARS = 3
 
@@ -233,23 +236,35 @@ def create_authority(directory: Path, passphrase: bytes) -> CertificateAuthority
     """Make root and signing CA in `directory`, keys encrypted with `passphrase`. Never overwrites.
 
     Raises:
-        UserMistake: there is an authority already, or the passphrase is too short.
+        UserMistake: there is an authority, or a part of one, already; the passphrase is too short; or nothing can be
+            written there.
     """
     if len(passphrase) < 12:
         raise UserMistake("the passphrase is shorter than 12 characters", advice="Choose a longer one.")
-    if (directory / "signing.pem").exists() or (directory / "root.pem").exists():
+    found = [name for name in FILES if (directory / name).exists()]
+    if set(found) >= {"signing.pem", "signing.key"}:
         raise UserMistake(
             f"{directory} holds an authority already",
             advice="Use it, or name another directory. An authority is never overwritten: its devices live on it.",
         )
+    if found:
+        raise UserMistake(
+            f"{directory} holds a part of an authority already: {', '.join(found)}",
+            advice="Restore the rest from its backup, or move the folder away: an authority is never overwritten.",
+        )
     start = datetime.now(UTC).replace(microsecond=0) - timedelta(days=1)
     root = make_root(start)
     signing = make_signing(root, start)
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name, authority in (("root", root), ("signing", signing)):
-        write_whole(directory / f"{name}.key", _encrypted(authority.key, passphrase))
-    write_whole(directory / "root.pem", root.pem.encode(), mode=0o644)
-    write_whole(directory / "signing.pem", signing.pem.encode(), mode=0o644)
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name, authority in (("root", root), ("signing", signing)):
+            write_whole(directory / f"{name}.key", _encrypted(authority.key, passphrase))
+        write_whole(directory / "root.pem", root.pem.encode(), mode=0o644)
+        write_whole(directory / "signing.pem", signing.pem.encode(), mode=0o644)
+    except OSError as error:
+        raise UserMistake(
+            f"an authority cannot be written to {directory}: {error.strerror}", advice="Name another directory."
+        ) from error
     return signing
 
 
@@ -265,6 +280,10 @@ def load_signing(directory: Path, passphrase: bytes) -> CertificateAuthority:
         key = serialization.load_pem_private_key((directory / "signing.key").read_bytes(), passphrase)
     except FileNotFoundError as error:
         raise SignerFault(f"{directory}/signing.key is missing", advice="Restore it from its backup.") from error
+    except OSError as error:
+        raise SignerFault(
+            f"{directory}/signing.key cannot be read: {error.strerror}", advice="Check `authority` in the bench file."
+        ) from error
     except (ValueError, TypeError) as error:
         raise UserMistake(
             f"the passphrase does not open {directory}/signing.key", advice="Check the passphrase file."
@@ -289,6 +308,10 @@ def load_signing_certificate(directory: Path) -> x509.Certificate:
     except FileNotFoundError as error:
         raise UserMistake(
             f"there is no signing CA in {directory}", advice=f"Make one: ./station.py ca init --directory {directory}"
+        ) from error
+    except OSError as error:
+        raise SignerFault(
+            f"{path} cannot be read: {error.strerror}", advice="Check `authority` in the bench file."
         ) from error
     except ValueError as error:
         raise SignerFault(f"{path} is damaged: {error}", advice="Restore it from its backup.") from error
