@@ -1,6 +1,7 @@
 """Bench files: TOML in, an open bench out. The one table of what a board's URI scheme means."""
 
 import fcntl
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -73,19 +74,20 @@ BOARDS: dict[str, Opener] = {
 
 @contextmanager
 def open_bench(file: BenchFile, serial: str, endpoint: str) -> Iterator[Bench]:
-    """The bench that a file describes, ours alone until the context ends.
+    """The bench that a file describes, ours alone until the context ends, and the unit too.
 
     `{serial}` in the board's place stands for the unit's: a simulated or virtual slot gets a board of its own for each
     unit, and finds it again when the unit comes back. A bench in a network of its own (`cloud.guest`) is told that the
     host `endpoint` is to be found at the station.
 
     Raises:
-        UserMistake: its board's options are wrong, or another command uses it.
+        UserMistake: its board's options are wrong, or another command uses it or makes this unit.
         StationFault: one of its drivers cannot be opened.
     """
     options = file.board.options | ({"hosts": [endpoint]} if file.cloud.guest else {})
     with (
-        _only_one(Path("build") / "locks" / f"{file.name}.lock", file.name),
+        _only_one(f"{file.name}.lock", f"bench {file.name}"),
+        _only_one(f"{serial}.unit.lock", f"unit {serial}"),
         BOARDS[file.board.scheme](
             Path(file.board.place.replace("{serial}", serial)), file.factory_key, options
         ) as bench,
@@ -94,14 +96,15 @@ def open_bench(file: BenchFile, serial: str, endpoint: str) -> Iterator[Bench]:
 
 
 @contextmanager
-def _only_one(lock: Path, name: str) -> Iterator[None]:
+def _only_one(name: str, what: str) -> Iterator[None]:
+    lock = Path("build") / "locks" / name
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserMistake(
-                f"bench {name} is in use by another command", advice="Wait until it ends, or name another bench."
+                f"{what} is in use by another command", advice="Wait until it ends, or name another."
             ) from error
         yield
 
@@ -124,15 +127,23 @@ def load_bench_file(path: Path) -> BenchFile:
     scheme, _, place = board.text("uri").partition(":")
     if scheme not in BOARDS:
         raise UserMistake(f"{path}: board.uri is of an unknown kind {scheme!r}", advice=f"Known: {', '.join(BOARDS)}.")
+    if scheme == "rpi" and place:
+        raise UserMistake(f"{path}: board.uri: nothing stands behind `rpi:`, not {place!r}")
+    if scheme != "rpi" and not place:
+        raise UserMistake(
+            f"{path}: board.uri names no folder", advice=f"E.g. {scheme}:build/boards/{{serial}}: one for each unit."
+        )
     target = cloud.text("target")
     if target not in {"local", "aws"}:
         raise UserMistake(f"{path}: cloud.target is {target!r}; it can be local or aws")
     file = BenchFile(
         path=path,
-        name=top.text("name"),
+        name=top.name("name", _NAME, "1 to 32 letters, digits, dots, dashes and underscores"),
         station=top.text("station"),
-        product=top.text("product"),
-        batch=top.text("batch"),
+        product=top.name("product", _PRODUCT, "1 to 32 plain characters: the label's font has no others"),
+        batch=top.name(
+            "batch", _BATCH, "1 to 32 of letters, digits and _.,@/:#-, which AWS takes in a thing's attribute"
+        ),
         image=Path(top.text("image")),
         records=top.text("records"),
         labels=Path(top.text("labels")),
@@ -144,6 +155,13 @@ def load_bench_file(path: Path) -> BenchFile:
     for table in (top, authority, cloud):
         table.done()
     return file
+
+
+#: A bench's name is that of its lock's file.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+_PRODUCT = re.compile(r"[!-~]([ -~]{0,30}[!-~])?")
+#: https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html
+_BATCH = re.compile(r"[A-Za-z0-9_.,@/:#-]{1,32}")
 
 
 class _Table:
@@ -162,7 +180,15 @@ class _Table:
         value = self.optional(field)
         if value is None and default is None:
             raise UserMistake(f"{self._path}: {self._name}{field} is missing")
+        if value is not None and (not value.strip() or "\0" in value):
+            raise UserMistake(f"{self._path}: {self._name}{field} is empty")
         return value if value is not None else str(default)
+
+    def name(self, field: str, form: re.Pattern[str], said: str) -> str:
+        value = self.text(field)
+        if not form.fullmatch(value):
+            raise UserMistake(f"{self._path}: {self._name}{field} is {value!r}; it can be {said}")
+        return value
 
     def flag(self, field: str) -> bool:
         value = self._fields.pop(field, False)

@@ -4,7 +4,7 @@ Each is one that a real line meets. The tests and the demo inject them through t
 (`faults = ["flipped-bit"]`), to see that the line stops in the step where it should.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cryptography import x509
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from factory.drivers.pir import PirFault
+from factory.errors import UserMistake
 from firmware_agent.wire import Result, Stream, decode_reply, decode_request, encode_reply
 
 SMALL_MEDIUM = "small-medium"  # smaller than the image
@@ -28,6 +29,33 @@ CSR_OTHER = "csr-other-subject"  # the CSR speaks for another unit
 KNOWN = frozenset(
     {SMALL_MEDIUM, FLIPPED_BIT, NO_BANNER, WRONG_HOST_KEY, HOT, WRONG_KEY, CSR_UNSIGNED, CSR_RSA, CSR_OTHER, *PirFault}
 )
+
+
+def chosen(options: Mapping[str, Any], known: Iterable[str]) -> frozenset[str]:
+    """The faults that a board's options name.
+
+    Raises:
+        UserMistake: they are no list of known faults.
+    """
+    named = options.get("faults", [])
+    advice = f"Faults: {', '.join(sorted(known))}."
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise UserMistake('board.faults must be a list of names, e.g. ["hot"]', advice=advice)
+    if unknown := sorted(set(named) - set(known)):
+        raise UserMistake(f"board.faults: no fault is called {', '.join(unknown)}", advice=advice)
+    return frozenset(named)
+
+
+def tpm_wanted(options: Mapping[str, Any]) -> bool | None:
+    """Whether a board's options ask for a TPM; None if they leave it open.
+
+    Raises:
+        UserMistake: `tpm` is neither true nor false.
+    """
+    wanted = options.get("tpm")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise UserMistake(f"board.tpm must be true or false, not {wanted!r}")
+    return wanted
 
 
 def tampered(stream: Stream, faults: frozenset[str]) -> Stream:

@@ -502,22 +502,17 @@ def open_bench(place: Path, key: Path, options: Mapping[str, Any]) -> Iterator[B
         UserMistake: an option or a fault is not known.
         StationFault: a TPM is asked for, and this machine cannot emulate one.
     """
-    faults = options.get("faults", [])
-    unknown = sorted({*set(options) - {"faults", "tpm"}, *set(faults) - injected.KNOWN})
-    if unknown:
-        raise UserMistake(
-            f"the simulated board knows no {', '.join(unknown)}",
-            advice=f"Options: faults, tpm. Faults: {', '.join(sorted(injected.KNOWN))}.",
-        )
-    lacking = missing()
-    if options.get("tpm") is True and lacking:
+    if unknown := sorted(set(options) - {"faults", "tpm"}):
+        raise UserMistake(f"the simulated board knows no {', '.join(unknown)}", advice="Options: faults, tpm.")
+    faults, tpm, lacking = injected.chosen(options, injected.KNOWN), injected.tpm_wanted(options), missing()
+    if tpm and lacking:
         raise StationFault(f"a TPM needs {', '.join(lacking)}", advice="Install the system packages: make setup")
     try:
-        public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
+        public = " ".join(key.with_name(f"{key.name}.pub").read_text().split()[:2])
     except OSError as error:
         raise StationFault(f"the factory key {key} is missing", advice="make demo makes one.") from error
     with ExitStack() as stack:
-        board = SimulatedBoard(place, public, faults=frozenset(faults), tpm=options.get("tpm", not lacking))
+        board = SimulatedBoard(place, public, faults=faults, tpm=not lacking if tpm is None else tpm)
         stack.callback(board.close)
         yield Bench(
             name=f"simulated board {board.serial}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from factory.bench import Bench, Medium
 from factory.drivers.console import SerialConsole
+from factory.drivers.faults import chosen, tpm_wanted
 from factory.drivers.media import FileStorage
 from factory.drivers.pir import Pir, PirFault
 from factory.drivers.ssh import SshShell
@@ -67,17 +68,14 @@ def open_bench(place: Path, key: Path, options: Mapping[str, Any]) -> Iterator[B
         UserMistake: an option or a fault is not known.
         StationFault: QEMU or swtpm is missing.
     """
-    known = {str(fault) for fault in PirFault}
-    faults = options.get("faults", [])
-    unknown = sorted({*set(options) - {"faults", "tpm", "hosts"}, *set(faults) - known})
-    if unknown:
-        raise UserMistake(
-            f"the virtual Pi knows no {', '.join(unknown)}",
-            advice=f"Options: faults, hosts, tpm. Faults: {', '.join(sorted(known))}.",
-        )
+    if unknown := sorted(set(options) - {"faults", "tpm", "hosts"}):
+        raise UserMistake(f"the virtual Pi knows no {', '.join(unknown)}", advice="Options: faults, hosts, tpm.")
+    faults, tpm = chosen(options, PirFault), tpm_wanted(options)
+    if len(faults) > 1:
+        raise UserMistake("board.faults: a virtual Pi has one fault at a time", advice="Name one.")
     hosts = dict.fromkeys(options.get("hosts", []), STATION_ADDRESS)
-    with VirtualPi(place, tpm=bool(options.get("tpm", True)), hosts=hosts) as pi:
-        board = _Board(pi, PirFault(faults[0]) if faults else None)
+    with VirtualPi(place, tpm=tpm is not False, hosts=hosts) as pi:
+        board = _Board(pi, next((PirFault(one) for one in faults), None))
         try:
             yield Bench(
                 name=f"virtual Pi {pi.serial}",
