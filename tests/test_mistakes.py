@@ -7,6 +7,7 @@ import pytest
 from factory import authority
 from factory.benches import BOARDS, load_bench_file
 from factory.errors import SignerFault, UserMistake
+from factory.limits import DEFAULT, load_limits
 from station import Station
 from tests.site import Site
 
@@ -128,3 +129,29 @@ def test_a_unit_is_made_on_one_bench_at_a_time(site: Site) -> None:
         Station.opened(site.bench(), serial),
     ):
         pytest.fail("the second bench opened")
+
+
+# --- the limits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        (b"low = 75\nhigh = 0", "low` above `high"),
+        (b"low = 0\nhigh = nan", "as numbers"),
+        (b"low = 0\nhigh = inf", "as numbers"),
+        (b'low = 0\nhigh = "75"', "as numbers"),
+        (b"low = 0\nhihg = 75", "as numbers"),
+        (b"", "as numbers"),
+        (b"high = 75 # \xb0C", "cannot be read"),
+    ],
+)
+def test_limits_that_judge_nothing_are_refused(tmp_path: Path, new: bytes, says: str) -> None:
+    """Limits that every unit fails would be blamed on the units; limits that none can fail would be missed."""
+    whole = DEFAULT.read_bytes()
+    assert b"low = 0\nhigh = 75" in whole
+    path = tmp_path / "limits.toml"
+    path.write_bytes(whole.replace(b"low = 0\nhigh = 75", new))
+
+    with pytest.raises(UserMistake, match=says):
+        load_limits(path)
