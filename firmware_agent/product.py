@@ -154,9 +154,9 @@ class Product:
             self._edges.put(_Edge(self._board.clock(), self._board.uptime()))
 
     def _keep(self, spool: Spool) -> None:
-        """Make each edge durable."""
+        """Make each edge durable, also those that came while the end was asked for."""
         boot_id = self._board.facts().boot_id
-        while not self._stop.is_set():
+        while not self._stop.is_set() or not self._edges.empty():
             self._beat("keeper")
             try:
                 edge = self._edges.get(timeout=_TICK_SECONDS)

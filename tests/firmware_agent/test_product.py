@@ -162,6 +162,17 @@ def test_a_broker_that_refuses_a_message_does_not_make_it_vanish(
     assert broker.next("alarm")["sequence"] == 1
 
 
+def test_motion_at_the_very_end_is_still_kept(unit: Unit, ca: Ca, start: Start) -> None:
+    provision(unit, ca, free_port())
+    product = start(unit)
+    for _ in range(5):
+        wave(unit)
+
+    end(product)
+
+    assert spooled(unit) == 5
+
+
 def test_heartbeats_go_on(unit: Unit, ca: Ca, broker: Broker, start: Start) -> None:
     broker.start()
     provision(unit, ca, broker.port)
