@@ -27,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from sqlalchemy.exc import DBAPIError
 
 import cloud.errors
 from cloud import stack
@@ -46,7 +47,7 @@ from factory.record import Journal, NoWatcher, Records, RunFacts, Watcher, open_
 from factory.screen import JsonLines, LiveTable, record_json, run_table
 from firmware_agent.topics import valid_serial
 from image import factory_key, sample
-from image.errors import ManifestError
+from image.errors import ImageError, ManifestError
 from image.manifest import ImageManifest
 
 P = ParamSpec("P")
@@ -82,6 +83,12 @@ def command(function: Callable[P, ExitCode]) -> Callable[P, None]:
         except cloud.errors.CloudError as error:
             complain(str(error), "")
             code = ExitCode.STATION_FAULT
+        except DBAPIError as error:
+            complain(f"the records cannot be read or written: {error.orig}", "Check the disk that they are on.")
+            code = ExitCode.STATION_FAULT
+        except OSError as error:
+            complain(str(error), "Check the disk and the permissions there.")
+            code = ExitCode.STATION_FAULT
         except KeyboardInterrupt:
             complain("stopped by the operator", "Run the unit again: the line starts it over.")
             code = ExitCode.ABORTED
@@ -114,8 +121,8 @@ def run(
     rework: Annotated[bool, typer.Option(help="Make a unit again that has already passed.")] = False,
 ) -> ExitCode:
     """Take one unit through the line."""
-    with Station.opened(bench, serial) as station:
-        attempt = station.run(rework=rework, as_json=as_json)
+    with Station.opened(bench, serial, rework=rework) as station:
+        attempt = station.run(as_json=as_json)
     return attempt.code
 
 
@@ -153,7 +160,7 @@ def ca_init(
 ) -> ExitCode:
     """Make a root CA and a signing CA below it, keys encrypted."""
     signing = authority.create_authority(directory, read_passphrase(passphrase_file))
-    out.print(f"Made a root and a signing CA in {directory}.")
+    out.print(f"Made a root and a signing CA in {directory}.", markup=False)
     out.print(f"The signing CA is valid until {signing.certificate.not_valid_after_utc:%Y-%m-%d}.")
     out.print("Next: take root.key off the station and lock it away; then ./station.py cloud register")
     return ExitCode.PASS
@@ -224,15 +231,20 @@ class Station:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, serial: str) -> Iterator[Station]:
+    def opened(cls, path: Path, serial: str, *, rework: bool = False) -> Iterator[Station]:
         """Open the station of a bench file for one unit, and fail at once for what would fail every unit.
 
         Raises:
-            UserMistake: the bench file or the passphrase is wrong.
-            StationFault: image, signing CA, cloud or a driver is not ready.
+            UserMistake: the bench file or the passphrase is wrong, or the unit has passed and is not to be reworked.
+            StationFault: image, signing CA, cloud, factory key, a folder or a driver is not ready.
         """
         file = load_bench_file(path)
         unit = Unit(checked_serial(serial), file.batch)
+        if not rework:
+            with closing(open_records(file)) as records:
+                refuse_passed(records, unit.serial)
+        make_folder(file.labels, "labels")
+        check_factory_key(file.factory_key)
         image = load_image(file.image)
         signing = authority.load_signing(file.authority.directory, read_passphrase(file.authority.passphrase_file))
         registry = registry_of(file)
@@ -247,15 +259,9 @@ class Station:
         with closing(open_records(file)) as records, open_bench(file, unit.serial, endpoint.host) as bench:
             yield cls(file, unit, bench, product, image, signing, registry, records)
 
-    def run(self, *, rework: bool, as_json: bool) -> Attempt:
-        """Take the unit through the line, shown as it happens.
-
-        Raises:
-            UserMistake: it has passed already, and `rework` was not asked for.
-        """
+    def run(self, *, as_json: bool) -> Attempt:
+        """Take the unit through the line, shown as it happens."""
         unit = self.unit
-        if not rework:
-            refuse_passed(self.records, unit.serial)
         facts = RunFacts(
             serial=unit.serial,
             batch=unit.batch,
@@ -305,8 +311,22 @@ def translated() -> Iterator[None]:
 def open_records(file: BenchFile) -> Records:
     """The records of a bench file, made when they are not there."""
     if file.records.startswith("sqlite:///"):
-        Path(file.records.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(file.records.removeprefix("sqlite:///")).parent, "records")
     return Records(file.records)
+
+
+def make_folder(path: Path, setting: str) -> None:
+    """Make a folder that the bench file names, where it is not there.
+
+    Raises:
+        StationFault: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StationFault(
+            f"the folder {path} cannot be made: {error.strerror}", advice=f"Check `{setting}` in the bench file."
+        ) from error
 
 
 def load_image(description: Path) -> Image:
@@ -330,6 +350,21 @@ def load_image(description: Path) -> Image:
         path=manifest.image_path,
         block_map=manifest.bmap_path,
     )
+
+
+def check_factory_key(path: Path) -> None:
+    """See that the factory's SSH key can be used.
+
+    Raises:
+        StationFault: it cannot; the message says why.
+    """
+    try:
+        factory_key.public_line(path)
+    except (OSError, ImageError) as error:
+        raise StationFault(
+            f"the factory key cannot be used: {error}",
+            advice="It is made together with the image: make image, or make demo for the simulated bench.",
+        ) from error
 
 
 def checked_serial(text: str) -> str:
@@ -374,7 +409,7 @@ def demo(
         say(f"The line makes {serial} on bench {file.name}.")
         with Station.opened(bench, serial) as station:
             station.registry.owner(serial, DEMO_PHONE, DEMO_ZONE)
-            attempt, alarm = station.run(rework=False, as_json=False), None
+            attempt, alarm = station.run(as_json=False), None
             path = summary or file.labels.parent / "summary.json"
             try:
                 if attempt.made is not None:
@@ -398,7 +433,7 @@ def forget_older_boards(file: BenchFile, serial: str) -> None:
 
 def say(text: str) -> None:
     """One line of the demo's story."""
-    out.print(f"[bold cyan]»[/] {text}", highlight=False)
+    out.print(Text("» ", style="bold cyan").append(text, style="not bold default"))
 
 
 @contextmanager

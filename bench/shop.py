@@ -67,7 +67,7 @@ class Shop:
             UnitFailedError: it did not pass.
         """
         with station.Station.opened(self.bench, serial) as opened:
-            opened.run(rework=False, as_json=False)
+            opened.run(as_json=False)
             last = opened.records.runs(serial)[-1]
             if last.outcome != "pass":
                 raise UnitFailedError(f"{serial} ended with {last.outcome}: {last.reason}")

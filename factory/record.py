@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import JSON, ForeignKey, create_engine, event, select
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from factory.errors import FactoryError, StationFault, UnitFault, UserMistake
@@ -217,8 +217,8 @@ class Records:
             if self._engine.dialect.name == "sqlite":
                 event.listen(self._engine, "connect", _durable)
             Base.metadata.create_all(self._engine)
-        except (ArgumentError, OperationalError, ModuleNotFoundError) as error:
-            detail = str(error.orig) if isinstance(error, OperationalError) else str(error)
+        except (ArgumentError, DBAPIError, ModuleNotFoundError) as error:
+            detail = str(error.orig) if isinstance(error, DBAPIError) else str(error)
             raise StationFault(
                 f"the records cannot be opened: {detail}", advice="Check `records` in the bench file."
             ) from error

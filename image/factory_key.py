@@ -34,7 +34,7 @@ def ensure(path: Path = DEFAULT_PATH) -> Path:
             pass
         finally:
             new.unlink()
-    line = _public_line(path)
+    line = public_line(path)
     if not public.exists() or public.read_text() != line:
         new = public.with_name(f".{public.name}.{secrets.token_hex(4)}")
         _write(new, line.encode(), 0o644)
@@ -50,7 +50,13 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         os.fsync(file.fileno())
 
 
-def _public_line(path: Path) -> str:
+def public_line(path: Path) -> str:
+    """The public half of the key at `path`, as a line of authorized_keys.
+
+    Raises:
+        OSError: it cannot be read.
+        ImageError: it is not an Ed25519 key in OpenSSH's form, or has a passphrase.
+    """
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except (ValueError, TypeError) as error:

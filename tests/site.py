@@ -94,13 +94,13 @@ class Site:
     def run(self, serial: str, *faults: str, **changes: str) -> tuple[Attempt, RunView]:
         """Run a unit in this process; how it ended, and its latest run."""
         with Station.opened(self.bench(*faults, **changes), serial) as station:
-            attempt = station.run(rework=False, as_json=False)
+            attempt = station.run(as_json=False)
         return attempt, self.record(serial)[-1]
 
     def rework(self, serial: str) -> tuple[Attempt, RunView]:
         """Make a unit again that has passed."""
-        with Station.opened(self.bench(), serial) as station:
-            attempt = station.run(rework=True, as_json=False)
+        with Station.opened(self.bench(), serial, rework=True) as station:
+            attempt = station.run(as_json=False)
         return attempt, self.record(serial)[-1]
 
     def record(self, serial: str) -> tuple[RunView, ...]:

@@ -412,7 +412,7 @@ def step(self, name):
 
 factory.record.Journal.step = step
 with station.Station.opened(bench, serial) as opened:
-    opened.run(rework=False, as_json=True)
+    opened.run(as_json=True)
 """
 
 

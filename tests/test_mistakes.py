@@ -1,12 +1,19 @@
 """What people do wrong at the station: each is named, with the right exit code, and nothing of theirs is lost."""
 
+import errno
+import os
+import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner
 
+import station
 from factory import authority
 from factory.benches import BOARDS, load_bench_file
-from factory.errors import SignerFault, UserMistake
+from factory.errors import ExitCode, SignerFault, StationFault, UserMistake
 from factory.limits import DEFAULT, load_limits
 from station import Station
 from tests.site import Site
@@ -155,3 +162,105 @@ def test_limits_that_judge_nothing_are_refused(tmp_path: Path, new: bytes, says:
 
     with pytest.raises(UserMistake, match=says):
         load_limits(path)
+
+
+# --- the station's folders and files -------------------------------------------------------------------------------
+
+
+def edited(site: Site, old: str, new: str) -> str:
+    """A bench file of the site that somebody edited."""
+    path = site.bench()
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return str(path)
+
+
+def said(ran: subprocess.CompletedProcess[str]) -> str:
+    """What a command complained of, in one line."""
+    return " ".join(ran.stderr.replace("│", " ").split())
+
+
+def test_records_that_are_no_database_are_named(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "records.db").write_bytes(b"no database" * 1000)
+    bench = edited(site, f"{site.base}/records.db", f"{tmp_path}/records.db")
+
+    for ran in (
+        site.command("record", "PK-000001", "--bench", bench, "--json"),
+        site.command("run", "--serial", site.serial(), "--bench", bench, "--json"),
+    ):
+        assert (ran.returncode, ran.stdout) == (ExitCode.STATION_FAULT, "")
+        assert "the records cannot be opened: file is not a database" in said(ran)
+        assert "defect" not in said(ran)
+
+
+@pytest.mark.parametrize("setting", ["labels", "records"])
+def test_a_folder_that_is_a_file_stops_the_line_before_a_unit_is_touched(
+    site: Site, tmp_path: Path, setting: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    old = {"labels": f'"{site.base}/labels"', "records": f"{site.base}/records.db"}[setting]
+    new = {"labels": f'"{tmp_path}/file"', "records": f"{tmp_path}/file/records.db"}[setting]
+    serial = site.serial()
+
+    ran = site.command("run", "--serial", serial, "--bench", edited(site, old, new))
+
+    assert ran.returncode == ExitCode.STATION_FAULT
+    assert f"Check `{setting}` in the bench file" in said(ran)
+    assert site.record(serial) == ()
+
+
+def test_a_full_disk_is_no_defect_of_the_program(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_database(_path: Path) -> None:
+        raise OperationalError("COMMIT", None, sqlite3.OperationalError("database or disk is full"))
+
+    for failing, says in ((full, "No space left on device"), (full_database, "database or disk is full")):
+        monkeypatch.setattr("station.load_bench_file", failing)
+        ran = CliRunner().invoke(station.app, ["run", "--bench", str(site.bench()), "--serial", site.serial()])
+
+        assert ran.exit_code == ExitCode.STATION_FAULT
+        assert says in ran.stderr
+        assert "defect" not in ran.stderr
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"no key", "no SSH key"), (None, "No such file")])
+def test_a_factory_key_that_opens_nothing_stops_the_line_before_a_unit_is_touched(
+    site: Site, tmp_path: Path, content: bytes | None, says: str
+) -> None:
+    """It used to be found in boot, after a flash, and blamed on the unit's network cable."""
+    (tmp_path / "key.pub").write_bytes((site.base / "keys/factory.pub").read_bytes())
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    serial = site.serial()
+
+    with pytest.raises(StationFault, match=says):
+        site.run(serial, key=str(tmp_path / "key"))
+
+    assert site.record(serial) == ()
+
+
+def test_a_unit_that_passed_is_refused_although_the_cloud_is_down(site: Site, tmp_path: Path) -> None:
+    """The demo says what to try next; its cloud has stopped by then."""
+    serial = site.serial()
+    site.run(serial)
+
+    ran = site.command("run", "--bench", str(site.bench(cloud=str(tmp_path / "nowhere"))), "--serial", serial)
+
+    assert ran.returncode == ExitCode.USER_MISTAKE
+    assert "already passed" in said(ran)
+
+
+def test_a_folder_may_be_called_as_one_likes(tmp_path: Path) -> None:
+    (tmp_path / "passphrase").write_bytes(PASSPHRASE)
+    (tmp_path / "passphrase").chmod(0o600)
+    folder = tmp_path / "ca [bold] [/x]"
+
+    ran = CliRunner().invoke(
+        station.app, ["ca", "init", "--directory", str(folder), "--passphrase-file", str(tmp_path / "passphrase")]
+    )
+
+    assert ran.exit_code == ExitCode.PASS, ran.stderr
+    assert (folder / "signing.pem").exists()

@@ -31,7 +31,7 @@ def test_a_unit_becomes_a_product_that_texts_its_owner(site: Site) -> None:
     site.registry.owner(serial, phone, "Europe/Berlin")
 
     with Station.opened(site.bench(**site.virtual()), serial) as station:
-        attempt = station.run(rework=False, as_json=False)
+        attempt = station.run(as_json=False)
         assert attempt.code is ExitCode.PASS, site.record(serial)[-1].reason
         texts = wave_until_text(station, site, phone)
 
