@@ -29,7 +29,16 @@ app = typer.Typer(
 )
 
 State = Annotated[Path, typer.Option("--state", help="Where the local cloud keeps its state.")]
-TargetName = Annotated[str, typer.Option("--target", help="local or aws.")]
+Port = Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free one.", min=0, max=65535)]
+
+
+def _known(name: str) -> str:
+    if name not in {"local", "aws"}:
+        raise typer.BadParameter(f"no cloud is called {name!r}: say local or aws")
+    return name
+
+
+TargetName = Annotated[str, typer.Option("--target", help="local or aws.", callback=_known)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for scripts.")]
 
 
@@ -44,8 +53,8 @@ def _say(text: str) -> None:
 @app.command()
 def up(
     state: State = DEFAULT_STATE,
-    port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1; 0 for any free one.")] = DEFAULT_PORT,
-    mqtt_port: Annotated[int, typer.Option(help="MQTT port on 127.0.0.1; 0 for any free one.")] = DEFAULT_MQTT_PORT,
+    port: Port = DEFAULT_PORT,
+    mqtt_port: Port = DEFAULT_MQTT_PORT,
     *,
     as_json: AsJson = False,
 ) -> None:
@@ -124,7 +133,7 @@ def main() -> None:
     """Run the command line; the one place where an error of the cloud becomes an exit code."""
     try:
         app()
-    except CloudError as error:
+    except (CloudError, OSError) as error:
         _say(f"error: {error}")
         sys.exit(3)
 

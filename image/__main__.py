@@ -76,15 +76,16 @@ def _shown(clock: Clock, *, quiet: bool) -> Iterator[Stage]:
 def main() -> int:
     """Run, and turn errors into exit codes: 2 for a mistake of the user, 3 for anything else that is in the way."""
     try:
-        app(standalone_mode=False)
+        app()  # which says itself what is wrong with its arguments, and leaves with 2
     except (RecipeError, ManifestError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         return 2
     except ImageError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         return 3
-    except typer.Abort:
-        return 130
+    except OSError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        return 3
     return 0
 
 

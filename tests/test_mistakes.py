@@ -4,6 +4,7 @@ import errno
 import os
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,53 @@ def test_a_folder_may_be_called_as_one_likes(tmp_path: Path) -> None:
 
     assert ran.exit_code == ExitCode.PASS, ran.stderr
     assert (folder / "signing.pem").exists()
+
+
+# --- the other command lines ---------------------------------------------------------------------------------------
+
+
+def module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m image` or `python -m cloud` as a user calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, cwd=BENCHES.parent
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("build", "--nope"), 2, "No such option"),
+        (("bake",), 2, "No such command"),
+        (("build", "--recipe", "benches"), 2, "Is a directory"),
+        (("build", "--recipe", "nowhere.toml", "--json"), 2, "nowhere.toml cannot be read"),
+        (("verify", "nowhere.json"), 2, "no image description"),
+    ],
+)
+def test_a_mistake_at_the_images_command_line_is_named(arguments: tuple[str, ...], code: int, says: str) -> None:
+    ran = module("image", *arguments)
+
+    assert (ran.returncode, ran.stdout) == (code, "")
+    assert says in said(ran)
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_cloud_whose_state_would_be_a_file_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "file"
+    state.write_text("no folder")
+
+    up = module("cloud", "up", "--state", str(state))
+    down = module("cloud", "down", "--state", str(state))
+
+    assert (up.returncode, down.returncode) == (3, 0)
+    assert "no state can be kept" in said(up)
+    assert "No local cloud was running" in said(down)
+    assert state.read_text() == "no folder"
+
+
+def test_a_bench_on_a_cloud_whose_state_is_a_file_stops(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+
+    ran = site.command("run", "--serial", site.serial(), "--bench", str(site.bench(cloud=str(tmp_path / "file"))))
+
+    assert ran.returncode == ExitCode.STATION_FAULT
+    assert "no local cloud runs on" in said(ran)

@@ -78,7 +78,10 @@ def up(
     owner = _owner(state)
     if owner is not None:
         return _wait_until_ready(state, owner, lambda: None if _owner(state) else 1)
-    state.mkdir(parents=True, exist_ok=True)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalCloudError(f"no state can be kept in {state}: {error.strerror}") from error
     settings = Settings(
         state=str(state),
         port=port,
@@ -156,7 +159,7 @@ def _owner(state: Path) -> int | None:
                     written = lock.read()
                 else:
                     return None
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if written or time.monotonic() > deadline:  # between taking the lock and writing lies a moment
             return int(written or 0) or None
@@ -175,7 +178,8 @@ def down(state: Path = DEFAULT_STATE) -> bool:
     state = state.resolve()
     pid = _owner(state)
     if pid is None:
-        (state / "endpoint.json").unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            (state / "endpoint.json").unlink(missing_ok=True)
         return False
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)

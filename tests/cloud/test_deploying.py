@@ -257,7 +257,8 @@ def test_every_parameter_of_the_provisioning_template_can_come_from_a_subject(fl
     [
         (("sms",), 3, "python -m cloud up"),
         (("deploy",), 3, "python -m cloud up"),
-        (("deploy", "--target", "azure"), 3, "local or aws"),
+        (("deploy", "--target", "azure"), 2, "local or aws"),
+        (("up", "--port", "99999"), 2, "65535"),
         (("fly",), 2, "No such command"),
     ],
 )
