@@ -29,7 +29,7 @@ $(VENV)/.development: requirements/development.lock $(VENV)/.station
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/development.lock
 	@touch $@
 
-demo: $(VENV)/.station ## take a simulated unit through the line to its first SMS: no root, no AWS, no hardware
+demo: $(VENV)/.station ## from a blank simulated unit to its first SMS: no root, no AWS
 	@$(STATION) demo --bench benches/simulated.toml
 
 demo-vm: setup image ## the same on the real image in a virtual Pi
@@ -54,13 +54,13 @@ format: $(VENV)/.development ## format the code
 lock: $(VENV)/.development ## compile requirements/*.lock anew from pyproject.toml
 	@$(BIN)/python requirements/compile.py
 
-setup: ## install the system packages that the virtual Pi and the image need (only what is missing; root)
+setup: ## install the system packages that are missing (root)
 	@sh image/setup.sh
 
 image: setup $(VENV)/.station ## build the OS image into build/image
 	@$(BIN)/python -m image build
 
-cloud: $(VENV)/.station ## deploy the cloud stack: to the local cloud, or to AWS with TARGET=aws
+cloud: $(VENV)/.station ## deploy the stack to the local cloud, or TARGET=aws
 	@if [ "$(TARGET)" = local ]; then $(BIN)/python -m cloud up; fi
 	@$(BIN)/python -m cloud deploy --target $(TARGET)
 
@@ -76,6 +76,6 @@ doctor: $(VENV)/.station ## prove that the cloud refuses what it must refuse
 bench: $(VENV)/.development ## measure speed against peers; ONLY=name runs one
 	@$(BIN)/python bench/run.py $(if $(ONLY),--only $(ONLY))
 
-clean: ## remove all that was built, the records of demos included (the virtual environment stays)
+clean: ## remove all that was built, the records of demos included
 	@$(BIN)/python -m cloud down 2>/dev/null || true
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

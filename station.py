@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The station's command line: the only file that reads its arguments and sets its exit codes.
 
-Exit codes: 0 the unit passed, 1 the unit failed, 2 a mistake in the command, 3 the station is at fault.
+Exit codes: 0 the unit passed, 1 the unit failed, 2 a mistake in the command, 3 the station is at fault, 130 stopped.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ P = ParamSpec("P")
 app = typer.Typer(
     help="Picket's factory station: takes blank Raspberry Pis to sealed, certificate-bearing products.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -162,7 +163,7 @@ def ca_init(
     signing = authority.create_authority(directory, read_passphrase(passphrase_file))
     out.print(f"Made a root and a signing CA in {directory}.", markup=False)
     out.print(f"The signing CA is valid until {signing.certificate.not_valid_after_utc:%Y-%m-%d}.")
-    out.print("Next: take root.key off the station and lock it away; then ./station.py cloud register")
+    out.print("Next: take root.key off the station and lock it away; then ./station.py cloud register --bench ...")
     return ExitCode.PASS
 
 
@@ -195,7 +196,10 @@ def read_passphrase(path: Path) -> bytes:
             raise UserMistake(f"the passphrase file {path} can be read by others", advice=f"chmod 600 {path}")
         return path.read_bytes().rstrip(b"\r\n")
     except FileNotFoundError as error:
-        raise UserMistake(f"there is no passphrase file {path}") from error
+        raise UserMistake(
+            f"there is no passphrase file {path}",
+            advice=f"Make one, for your eyes only: (umask 077; openssl rand -base64 24 > {path})",
+        ) from error
     except OSError as error:
         raise UserMistake(f"the passphrase file {path} cannot be read: {error.strerror}") from error
 

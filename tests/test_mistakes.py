@@ -315,3 +315,19 @@ def test_a_bench_on_a_cloud_whose_state_is_a_file_stops(site: Site, tmp_path: Pa
 
     assert ran.returncode == ExitCode.STATION_FAULT
     assert "no local cloud runs on" in said(ran)
+
+
+# --- what a newcomer reads -----------------------------------------------------------------------------------------
+
+
+def test_the_help_fits_a_terminal_of_80_columns() -> None:
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, check=True, cwd=BENCHES.parent).stdout
+
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+
+
+def test_a_missing_passphrase_file_comes_with_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UserMistake) as caught:
+        station.read_passphrase(tmp_path / "passphrase")
+
+    assert "umask 077" in caught.value.advice
