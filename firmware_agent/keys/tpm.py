@@ -1,6 +1,6 @@
 """A few words of TPM 2.0 spoken directly: is one there, and which one is it.
 
-The device key itself is used through PKCS#11 (`tpm_key`). Here are only the three commands that answer before any token
+The device key itself is used through PKCS#11 (`tpm_key`). Here are only the few commands that answer before any token
 exists, as bytes of the "TPM 2.0 Library, Part 3: Commands", so that looking for a TPM needs no C library at all.
 """
 
@@ -18,9 +18,14 @@ _SUCCESS: Final = 0
 _GET_CAPABILITY: Final = 0x17A
 _CREATE_PRIMARY: Final = 0x131
 _FLUSH_CONTEXT: Final = 0x165
+_DICTIONARY_ATTACK_PARAMETERS: Final = 0x13A
 
 _TPM_PROPERTIES: Final = 6
 _MANUFACTURER: Final = 0x105
+_PERMANENT: Final = 0x200
+_LOCKOUT_AUTH_SET: Final = 1 << 2  # in TPMA_PERMANENT
+_LOCKOUT_INTERVAL: Final = 0x210
+_LOCKOUT: Final = 0x4000000A
 _ENDORSEMENT: Final = 0x4000000B
 _EMPTY_PASSWORD: Final = struct.pack(">IHBH", 0x40000009, 0, 0, 0)
 
@@ -138,6 +143,41 @@ def present(tcti: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def survive_power_cuts(tcti: str) -> None:
+    """Have the TPM not count power cuts as guesses of a password.
+
+    After a few of them (Part 1, "Dictionary Attack Protection": a restart without TPM2_Shutdown counts as a failure) it
+    would refuse every use of the device key for minutes to hours, and a thief with a hand on the plug could silence the
+    alarm. What the protection is for, passwords that people choose, is not here: the token's PINs are random. A TPM
+    whose owner has set a lockout password is left as it is.
+
+    Raises:
+        TpmError: it refuses.
+        OSError: it does not answer.
+    """
+    channel = _open(tcti)
+    try:
+        if _property(channel, _PERMANENT) & _LOCKOUT_AUTH_SET or not _property(channel, _LOCKOUT_INTERVAL):
+            return
+        # 32 tries; an interval of 0 ends both the counting's effect and a lockout that is on; a day for lockoutAuth
+        body = struct.pack(">II", _LOCKOUT, len(_EMPTY_PASSWORD)) + _EMPTY_PASSWORD + struct.pack(">III", 32, 0, 86400)
+        _command(channel, _SESSIONS, _DICTIONARY_ATTACK_PARAMETERS, body)
+    finally:
+        channel.close()
+
+
+def _property(channel: _Channel, number: int) -> int:
+    query = struct.pack(">III", _TPM_PROPERTIES, number, 1)
+    answer = _command(channel, _NO_SESSIONS, _GET_CAPABILITY, query)
+    try:
+        _, _, count, found, value = struct.unpack_from(">BIIII", answer)  # more to come?, capability, list of pairs
+    except struct.error as error:
+        raise TpmError("the TPM's answer is cut short") from error
+    if (count, found) != (1, number):
+        raise TpmError(f"the TPM does not know its property {number:#x}")
+    return int(value)
 
 
 def ek_sha256(tcti: str) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -186,6 +187,8 @@ class TpmKeys:
                 f"this unit is configured for a TPM and none answers at {self._settings.tcti}; "
                 "check the module's seat and the boot log, or take the unit out of the line",
             )
+        with suppress(OSError):  # a TPM that refuses still signs, as long as it is not locked
+            tpm.survive_power_cuts(self._settings.tcti)
         import pkcs11  # noqa: PLC0415 - only where a TPM is used
 
         try:

@@ -116,6 +116,29 @@ def test_the_key_is_made_once_and_survives_a_power_cycle(tmp_path: Path) -> None
     made.verify(signature, b"data", ec.ECDSA(hashes.SHA256()))
 
 
+def test_power_cuts_do_not_lock_the_key(tmp_path: Path) -> None:
+    """A TPM counts a restart without farewell as a guess, and locks up after a few: a thief's hand on the plug."""
+    for _ in range(8):
+        with swtpm(tmp_path / "tpm") as tcti:
+            keys = keys_of(make(tmp_path / "unit", tcti))
+            keys.ensure().sign(b"data")
+            keys.close()
+
+
+def test_a_tpm_that_was_locked_by_power_cuts_is_unlocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as without, pytest.raises(KeyFault):
+        without.setattr(tpm, "survive_power_cuts", lambda _: None)
+        for _ in range(8):
+            with swtpm(tmp_path / "tpm") as tcti:
+                keys = keys_of(make(tmp_path / "unit", tcti))
+                keys.ensure().sign(b"data")
+                keys.close()
+    with swtpm(tmp_path / "tpm") as tcti:
+        keys = keys_of(make(tmp_path / "unit", tcti))
+        keys.ensure().sign(b"data")
+        keys.close()
+
+
 def test_there_is_no_key_before_enrol(unit: Unit) -> None:
     with pytest.raises(WrongState):
         keys_of(unit).load()
