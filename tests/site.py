@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,3 +157,31 @@ def open_site(base: Path) -> Iterator[Site]:
 def last_json(text: str) -> Any:
     """The last line of a `--json` command."""
     return json.loads(text.strip().splitlines()[-1])
+
+
+def fresh_checkout(place: Path) -> Path:
+    """The tree as it stands, without what was built, but with this environment's Python packages."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        capture_output=True,
+        check=True,
+        cwd=ROOT,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    (place / ".venv").symlink_to(sys.prefix)
+    return place
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without what pytest or a user's AWS settings put there."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "AWS", "MAKE", "MFLAGS"))
+    }
+
+
+def as_a_user(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a checkout, in a plain environment."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=place, env=plain_environment())

@@ -1,9 +1,7 @@
 """The README is true: its commands exist, its links lead somewhere, and `make demo` does what it says."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from PIL import Image
 
 from factory.label import scan
 from factory.line import STEPS
+from tests.site import fresh_checkout
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,33 +63,16 @@ def test_every_command_of_the_station_has_help_with_an_example(command: str) -> 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh checkout of the tree as it stands, with this environment's Python packages already there."""
-    place = tmp_path_factory.mktemp("clone") / "picket"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        capture_output=True,
-        check=True,
-        cwd=ROOT,
-    )
-    for name in listed.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
-    (place / ".venv").symlink_to(sys.prefix)
-    return place
+    """A fresh checkout with this environment's Python packages already there."""
+    return fresh_checkout(tmp_path_factory.mktemp("clone") / "picket")
 
 
 def demo(clone: Path) -> tuple[str, dict]:  # type: ignore[type-arg]
-    ran = subprocess.run(["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain())
+    ran = subprocess.run(
+        ["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain_environment()
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout, json.loads((clone / "build/demo/summary.json").read_text())
-
-
-def plain() -> dict[str, str]:
-    """The environment without what pytest or a user's AWS settings put there."""
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "AWS", "MAKE", "MFLAGS"))
-    }
 
 
 def test_make_demo_tells_the_whole_story_and_then_makes_the_next_unit(clone: Path) -> None:
@@ -123,7 +105,9 @@ def test_a_demo_broken_on_purpose_fails_in_the_step_where_it_should(clone: Path,
     whole = bench.read_text()
     bench.write_text(whole.replace('# faults = ["pir-cut"]', f'faults = ["{fault}"]'))
     try:
-        ran = subprocess.run(["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain())
+        ran = subprocess.run(
+            ["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain_environment()
+        )
     finally:
         bench.write_text(whole)
 
@@ -143,7 +127,9 @@ def test_a_demo_without_the_alarm_rule_says_that_no_sms_came(clone: Path) -> Non
     template.write_text(whole.replace("dt/picket/+/alarm", "dt/picket/+/nothing"))
     station.write_text(code.replace("ALARM_SECONDS = 120.0", "ALARM_SECONDS = 6.0"))
     try:
-        ran = subprocess.run(["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain())
+        ran = subprocess.run(
+            ["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain_environment()
+        )
     finally:
         template.write_text(whole)
         station.write_text(code)
