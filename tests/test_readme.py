@@ -68,9 +68,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def demo(clone: Path) -> tuple[str, dict]:  # type: ignore[type-arg]
-    ran = subprocess.run(
-        ["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain_environment()
-    )
+    ran = as_a_user(clone, "make", "demo")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout, json.loads((clone / "build/demo/summary.json").read_text())
 
@@ -105,9 +103,7 @@ def test_a_demo_broken_on_purpose_fails_in_the_step_where_it_should(clone: Path,
     whole = bench.read_text()
     bench.write_text(whole.replace('# faults = ["pir-cut"]', f'faults = ["{fault}"]'))
     try:
-        ran = subprocess.run(
-            ["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain_environment()
-        )
+        ran = as_a_user(clone, "make", "demo")
     finally:
         bench.write_text(whole)
 
@@ -127,9 +123,7 @@ def test_a_demo_without_the_alarm_rule_says_that_no_sms_came(clone: Path) -> Non
     template.write_text(whole.replace("dt/picket/+/alarm", "dt/picket/+/nothing"))
     station.write_text(code.replace("ALARM_SECONDS = 120.0", "ALARM_SECONDS = 6.0"))
     try:
-        ran = subprocess.run(
-            ["make", "demo"], capture_output=True, text=True, check=False, cwd=clone, env=plain_environment()
-        )
+        ran = as_a_user(clone, "make", "demo")
     finally:
         template.write_text(whole)
         station.write_text(code)
