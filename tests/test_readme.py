@@ -12,7 +12,7 @@ from PIL import Image
 
 from factory.label import scan
 from factory.line import STEPS
-from tests.site import fresh_checkout
+from tests.site import as_a_user, fresh_checkout
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
