@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import secrets
 import shutil
@@ -283,13 +282,19 @@ class Station:
                     made = self._produce(unit, journal)
             except FactoryError as error:
                 code = error.exit_code
-        last = self.records.runs(unit.serial)[-1]
+            except BaseException:
+                self._tell_end(as_json=as_json)
+                raise
+        self._tell_end(as_json=as_json)
+        return Attempt(code, made)
+
+    def _tell_end(self, *, as_json: bool) -> None:
+        last = self.records.runs(self.unit.serial)[-1]
         if as_json:
-            ended = {"serial": unit.serial, "outcome": last.outcome, "reason": last.reason, "run": last.id}
-            print(json.dumps(ended))  # noqa: T201  (plain, for scripts)
+            ended = {"serial": last.serial, "outcome": last.outcome, "reason": last.reason, "run": last.id}
+            print(json.dumps(ended), flush=True)  # noqa: T201  (plain, for scripts)
         else:
             out.print(run_table(last))
-        return Attempt(code, made)
 
     def _produce(self, unit: Unit, journal: Journal) -> Made:
         return produce(unit, self.product, self.image, self.bench, self.signing, self.registry, journal)
@@ -575,6 +580,5 @@ def stop_on_signals() -> None:
 
 
 if __name__ == "__main__":
-    os.chdir(Path(__file__).parent) if not Path("benches").exists() else None
     stop_on_signals()
     app()

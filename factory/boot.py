@@ -35,6 +35,7 @@ def boot(bench: Bench, image: Image, step: Step, seconds: float = BOOT_SECONDS) 
     """
     powered = time.monotonic()
     bench.power.on()
+    step.progress(0, 0, "waiting for the factory banner")
     banner = _await_banner(bench, step, seconds)
     step.note("seconds_to_banner", round(time.monotonic() - powered, 2))
     step.note("board", banner.board)

@@ -73,7 +73,7 @@ def produce(
         with journal.step("burn-in") as step:
             burn_in(agent, unit, enrolment, certificate, product.endpoint, cloud.trust_bundle(), step)
         with journal.step("self-test") as step:
-            self_test(agent, bench.stimulus, booted.powered, product.limits, step)
+            self_test(agent, bench.stimulus, identity, booted.powered, product.limits, step)
         with journal.step("connect") as step:
             connect(agent, cloud, unit, identity, certificate, product.limits, step)
         with journal.step("seal") as step:

@@ -429,7 +429,7 @@ class Journal:
                     advice="Put the unit on the repair shelf; the record holds all readings.",
                 )
         except BaseException as error:
-            outcome, reason = outcome_of(error), str(error) or type(error).__name__
+            outcome, reason = outcome_of(error), reason_of(error)
             raise
         finally:
             seconds = (datetime.now(UTC) - started).total_seconds()
@@ -453,6 +453,16 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, FactoryError | Exception):
         return Outcome.ERROR
     return Outcome.ABORTED
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a step or a run ended, in words."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by the operator"
+    return str(error) or type(error).__name__
+
+
+_AGAIN = "Run the unit again; nothing of it was lost."
 
 
 @dataclass(frozen=True)
@@ -487,8 +497,8 @@ def open_run(records: Records, facts: RunFacts, watcher: Watcher) -> Iterator[Jo
     try:
         yield Journal(records, run_id, facts.serial, watcher)
     except BaseException as error:
-        outcome, reason = outcome_of(error), str(error) or type(error).__name__
-        advice = error.advice if isinstance(error, FactoryError) else None
+        outcome, reason = outcome_of(error), reason_of(error)
+        advice = error.advice if isinstance(error, FactoryError) else _AGAIN
         raise
     finally:
         with Session(records.engine) as session, session.begin():
@@ -506,7 +516,7 @@ def _close_abandoned(session: Session, serial: str) -> None:
                 step.finished, step.outcome, step.reason = now(), Outcome.ABORTED, "the station stopped here"
         run.finished, run.outcome = now(), Outcome.ABORTED
         run.reason = f"the station stopped {where}"
-        run.advice = "Run the unit again; nothing of it was lost."
+        run.advice = _AGAIN
 
 
 def refuse_passed(records: Records, serial: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -40,6 +41,7 @@ class LiveTable:
         self._ended: dict[str, StepView] = {}
         self._current: str | None = None
         self._progress: tuple[int, int, str] = (0, 0, "")
+        self._began = 0.0
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
 
     @contextmanager
@@ -50,7 +52,7 @@ class LiveTable:
 
     def step_began(self, name: str) -> None:
         """A step began."""
-        self._current, self._progress = name, (0, 0, "")
+        self._current, self._progress, self._began = name, (0, 0, ""), time.monotonic()
 
     def progress(self, name: str, done: int, total: int, text: str) -> None:
         """The step in hand moved on."""
@@ -73,7 +75,9 @@ class LiveTable:
                     beside = Table.grid(padding=(0, 1))
                     beside.add_row(ProgressBar(total=total, completed=done, width=20), moving)
                     moving = beside
-                table.add_row(Spinner("dots"), Text(name, style="bold"), "", moving)
+                table.add_row(
+                    Spinner("dots"), Text(name, style="bold"), f"{time.monotonic() - self._began:.0f}", moving
+                )
             else:
                 table.add_row("", Text(name, style="dim"), "", "")
         return table
@@ -124,7 +128,7 @@ _SHOWN_NOTES = {
     "certify": ("certificate", "retired"),
     "burn-in": ("endpoint", "proved_key"),
     "self-test": (),
-    "connect": ("attempts", "certificate_status"),
+    "connect": ("certificate_status",),
     "seal": ("connected_again", "factory_access"),
     "label": ("label",),
 }
@@ -137,14 +141,15 @@ def _seen(step: StepView, colour: str) -> Text:
     for name in _SHOWN_NOTES.get(step.name, ()):
         value = step.notes.get(name)
         if value is not None:
-            parts.append(f"{_words(name)} {_short(value)}")
+            parts.append(_short(value) if name == step.name else f"{_words(name)} {_short(value)}")
     return Text(" · ".join(parts), overflow="fold")
 
 
 def _words(name: str, unit: str = "") -> str:
     """A measurement's name as people say it: without the unit of measure that stands behind its value."""
     *words, last = name.split("_")
-    return " ".join(words if words and last in {"s", "c", "mib", unit} else [*words, last])
+    text = " ".join(words if words and last in {"s", "c", "mib", unit} else [*words, last])
+    return text.replace("pir", "PIR")
 
 
 def _figure(value: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from factory.answers import Answer
 from factory.bench import Agent, Stimulus
 from factory.errors import UnitFault
+from factory.identify import Identity
 from factory.limits import ProductLimits
 from factory.record import Step
 
@@ -14,10 +15,13 @@ BASELINE_SECONDS = 1.0
 #: How long the PIR may take from the movement until it has fallen again, before it counts as dead.
 MOTION_SECONDS = 12.0
 
+_BOARD = "Run the unit again. If it happens twice, put the board on the repair shelf."
 _PIR = "Check the PIR's connector (power, ground, signal) and that nothing moves before it; then run the unit again."
 
 
-def self_test(agent: Agent, stimulus: Stimulus, powered: float, limits: ProductLimits, step: Step) -> None:
+def self_test(
+    agent: Agent, stimulus: Stimulus, identity: Identity, powered: float, limits: ProductLimits, step: Step
+) -> None:
     """Measure the board and its PIR, which has had its supply since `powered` (monotonic clock).
 
     Raises:
@@ -26,7 +30,7 @@ def self_test(agent: Agent, stimulus: Stimulus, powered: float, limits: ProductL
     _settle(stimulus.settle_seconds, powered, step)
     _pir_quiet(agent, limits, step)
     _pir_motion(agent, stimulus, limits, step)
-    _health(agent, limits, step)
+    _health(agent, identity, limits, step)
 
 
 def _settle(seconds: float, powered: float, step: Step) -> None:
@@ -72,10 +76,12 @@ def _pir_motion(agent: Agent, stimulus: Stimulus, limits: ProductLimits, step: S
     step.measure("pir_hold_s", watch.fell - watch.rose, "s", limits.pir_hold_s)
 
 
-def _health(agent: Agent, limits: ProductLimits, step: Step) -> None:
+def _health(agent: Agent, identity: Identity, limits: ProductLimits, step: Step) -> None:
     step.progress(2, 3, "board health")
     answer = Answer("self-test", agent.ask("self-test"))
     temperature = answer.optional_number("temperature_c")
+    if temperature is None and identity.model.startswith("Raspberry Pi"):
+        raise UnitFault("the SoC's temperature cannot be read: every Pi has a sensor", advice=_BOARD)
     if temperature is None:
         step.note("temperature_c", "the board has no sensor")
     else:

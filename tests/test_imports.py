@@ -16,7 +16,6 @@ ARROWS = {
     "cloud": {"firmware_agent.topics"},
     "factory": {"image.manifest", "image.bmap", "image.errors", "firmware_agent.wire", "firmware_agent.topics"},
     "factory/drivers/simulated.py": {"firmware_agent"},
-    "factory/drivers/faults.py": {"firmware_agent"},
     "factory/drivers/software_tpm.py": {"firmware_agent"},
 }
 

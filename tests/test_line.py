@@ -455,7 +455,9 @@ def test_ctrl_c_closes_the_run_as_aborted(site: Site) -> None:
             time.sleep(0.2)
             running.send_signal(signal.SIGINT)
             break
-    running.communicate(timeout=60)
+    rest, _ = running.communicate(timeout=60)
 
     assert running.returncode == ExitCode.ABORTED
-    assert site.record(serial)[-1].outcome == "aborted"
+    run = site.record(serial)[-1]
+    assert (run.outcome, run.reason) == ("aborted", "stopped by the operator")
+    assert last_json(rest)["outcome"] == "aborted"

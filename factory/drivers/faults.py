@@ -4,7 +4,8 @@ Each is one that a real line meets. The tests and the demo inject them through t
 (`faults = ["flipped-bit"]`), to see that the line stops in the step where it should.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from cryptography import x509
@@ -12,9 +13,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from factory.bench import Agent, Shell
 from factory.drivers.pir import PirFault
 from factory.errors import UserMistake
-from firmware_agent.wire import Result, Stream, decode_reply, decode_request, encode_reply
+from firmware_agent.wire import Banner
 
 SMALL_MEDIUM = "small-medium"  # smaller than the image
 FLIPPED_BIT = "flipped-bit"  # one bit of the medium changes after the write
@@ -29,6 +31,9 @@ CSR_OTHER = "csr-other-subject"  # the CSR speaks for another unit
 KNOWN = frozenset(
     {SMALL_MEDIUM, FLIPPED_BIT, NO_BANNER, WRONG_HOST_KEY, HOT, WRONG_KEY, CSR_UNSIGNED, CSR_RSA, CSR_OTHER, *PirFault}
 )
+
+
+_Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def chosen(options: Mapping[str, Any], known: Iterable[str]) -> frozenset[str]:
@@ -58,43 +63,46 @@ def tpm_wanted(options: Mapping[str, Any]) -> bool | None:
     return wanted
 
 
-def tampered(stream: Stream, faults: frozenset[str]) -> Stream:
-    """The unit's end of the wire, with the answers that its faults make of the agent's."""
-    changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        CSR_UNSIGNED: _unsigned,
-        CSR_RSA: _rsa,
-        CSR_OTHER: _other_subject,
-        WRONG_KEY: _other_key,
-    }
-    chosen = [change for name, change in changes.items() if name in faults]
-    return _Tampered(stream, chosen) if chosen else stream
+def tampered(shell: Shell, faults: frozenset[str]) -> Shell:
+    """The way into a unit whose answers are what its faults make of the agent's."""
+    made = [change for name, change in _CHANGES.items() if name in faults]
+    return _TamperedShell(shell, made) if made else shell
 
 
-class _Tampered:
-    """Changes the answers to `enrol` on their way out."""
+class _TamperedShell:
+    """Somebody sits on the wire and changes the unit's CSR."""
 
-    def __init__(self, stream: Stream, changes: list[Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
-        self._stream = stream
+    def __init__(self, shell: Shell, changes: list[_Change]) -> None:
+        self._shell = shell
         self._changes = changes
-        self._verb = ""
 
-    def readline(self, limit: int = -1, /) -> bytes:
-        line = self._stream.readline(limit)
-        if line:
-            self._verb = decode_request(line).verb
-        return line
+    @contextmanager
+    def open(self, banner: Banner) -> Iterator[Agent]:
+        with self._shell.open(banner) as agent:
+            yield _TamperedAgent(agent, self._changes)
 
-    def write(self, data: bytes, /) -> None:
-        reply = decode_reply(data)
-        if self._verb == "enrol" and isinstance(reply, Result):
-            result = reply.result
+    def closed(self, banner: Banner) -> bool:
+        return self._shell.closed(banner)
+
+
+class _TamperedAgent:
+    def __init__(self, agent: Agent, changes: list[_Change]) -> None:
+        self._agent = agent
+        self._changes = changes
+
+    def ask(
+        self,
+        verb: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        seconds: float = 30.0,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        result = self._agent.ask(verb, params, seconds=seconds, on_event=on_event)
+        if verb == "enrol":
             for change in self._changes:
                 result = change(result)
-            data = encode_reply(Result(reply.id, result))
-        self._stream.write(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
+        return result
 
 
 def _subject(result: dict[str, Any]) -> x509.Name:
@@ -131,3 +139,14 @@ def _other_key(result: dict[str, Any]) -> dict[str, Any]:
 def _csr(name: x509.Name, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> str:
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM).decode()
+
+
+_CHANGES: dict[str, _Change] = {
+    CSR_UNSIGNED: _unsigned,
+    CSR_RSA: _rsa,
+    CSR_OTHER: _other_subject,
+    WRONG_KEY: _other_key,
+}
+
+#: Faults of what travels between unit and station: any board can have them.
+WIRE = frozenset(_CHANGES)

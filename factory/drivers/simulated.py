@@ -293,7 +293,7 @@ class _System:
             FactoryPins(self._hardware.pins, PIR_LINE),
             on_seal=lambda: self._thread(self._seal, settings),
         )
-        stream = injected.tampered(_ChannelStream(channel), self._hardware.faults)
+        stream = _ChannelStream(channel)
         with suppress(OSError, EOFError):
             agent.serve(stream)
         with suppress(OSError, EOFError):
@@ -519,6 +519,6 @@ def open_bench(place: Path, key: Path, options: Mapping[str, Any]) -> Iterator[B
             storage=board.storage,
             power=board,
             console=SerialConsole(board.console_url),
-            shell=SshShell(key, board.ssh_address),
+            shell=injected.tampered(SshShell(key, board.ssh_address), faults),
             stimulus=board,
         )

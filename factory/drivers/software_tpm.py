@@ -4,6 +4,7 @@ No resource manager stands between: one board has one process and one key, which
 anew with each power-on, as a TPM does, and keeps its state in the board's folder.
 """
 
+import os
 import platform
 import shutil
 import socket
@@ -51,6 +52,8 @@ class SoftwareTpm:
             state = self._place / "tpm"
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
             port = _free_pair()
+            # The TSS reports each broken connection on stderr, inside the table; what matters it also returns.
+            os.environ.setdefault("TSS2_LOG", "all+NONE")
             self._tcti = f"swtpm:host=127.0.0.1,port={port}"
             self._child = Child(
                 "swtpm",

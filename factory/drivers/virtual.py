@@ -7,7 +7,7 @@ from typing import Any
 
 from factory.bench import Bench, Medium
 from factory.drivers.console import SerialConsole
-from factory.drivers.faults import chosen, tpm_wanted
+from factory.drivers.faults import WIRE, chosen, tampered, tpm_wanted
 from factory.drivers.media import FileStorage
 from factory.drivers.pir import Pir, PirFault
 from factory.drivers.ssh import SshShell
@@ -62,7 +62,7 @@ def open_bench(place: Path, key: Path, options: Mapping[str, Any]) -> Iterator[B
         place: the board's folder.
         key: the factory's SSH key.
         options: `hosts` (names that the board finds at the station), `tpm` (true unless it is to have none), `faults`
-            (of the PIR).
+            (of the PIR and of the wire).
 
     Raises:
         UserMistake: an option or a fault is not known.
@@ -70,19 +70,20 @@ def open_bench(place: Path, key: Path, options: Mapping[str, Any]) -> Iterator[B
     """
     if unknown := sorted(set(options) - {"faults", "tpm", "hosts"}):
         raise UserMistake(f"the virtual Pi knows no {', '.join(unknown)}", advice="Options: faults, hosts, tpm.")
-    faults, tpm = chosen(options, PirFault), tpm_wanted(options)
-    if len(faults) > 1:
-        raise UserMistake("board.faults: a virtual Pi has one fault at a time", advice="Name one.")
+    faults, tpm = chosen(options, {*PirFault, *WIRE}), tpm_wanted(options)
+    pir = sorted(faults - WIRE)
+    if len(pir) > 1:
+        raise UserMistake("board.faults: a PIR has one fault at a time", advice="Name one.")
     hosts = dict.fromkeys(options.get("hosts", []), STATION_ADDRESS)
     with VirtualPi(place, tpm=tpm is not False, hosts=hosts) as pi:
-        board = _Board(pi, next((PirFault(one) for one in faults), None))
+        board = _Board(pi, PirFault(pir[0]) if pir else None)
         try:
             yield Bench(
                 name=f"virtual Pi {pi.serial}",
                 storage=board,
                 power=board,
                 console=SerialConsole(pi.console_url),
-                shell=SshShell(key, pi.ssh_address),
+                shell=tampered(SshShell(key, pi.ssh_address), faults),
                 stimulus=board,
             )
         finally:

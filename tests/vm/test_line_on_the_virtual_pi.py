@@ -79,6 +79,14 @@ def test_a_cut_pir_wire_fails_the_unit_in_the_self_test(site: Site, monkeypatch:
     assert "never fired" in (run.reason or "")
 
 
+def test_another_key_than_the_enrolled_one_fails_the_unit_in_burn_in(site: Site) -> None:
+    attempt, run = site.run(site.serial(), "wrong-key", **site.virtual())
+
+    assert attempt.code is ExitCode.UNIT_FAILED
+    assert failed_in(run) == "burn-in"
+    assert "key-mismatch" in (run.reason or "")
+
+
 def test_a_board_without_a_tpm_gets_a_file_key_and_the_record_says_so(site: Site) -> None:
     attempt, run = site.run(site.serial(), "pir-stuck", **{**site.virtual(), "options": "tpm = false"})
 
