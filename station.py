@@ -351,14 +351,7 @@ def load_image(description: Path) -> Image:
         raise StationFault(
             str(error), advice="Build it: make image. The simulated bench's comes with make demo."
         ) from error
-    return Image(
-        name=manifest.name,
-        version=manifest.version,
-        sha256=manifest.sha256,
-        size=manifest.size,
-        path=manifest.image_path,
-        block_map=manifest.bmap_path,
-    )
+    return Image.of(manifest)
 
 
 def check_factory_key(path: Path) -> None:

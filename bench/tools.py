@@ -88,12 +88,5 @@ def built_image(description: Path) -> tuple[Image, ImageManifest, Bmap]:
         raise NotMeasuredError(f"there is no image {description}; `make image` builds it")
     manifest = ImageManifest.load(description)
     blocks = manifest.verify_files()
-    image = Image(
-        name=manifest.name,
-        version=manifest.version,
-        sha256=manifest.sha256,
-        size=manifest.size,
-        path=manifest.image_path,
-        block_map=manifest.bmap_path,
-    )
+    image = Image.of(manifest)
     return image, manifest, blocks

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from firmware_agent.wire import Banner
+from image.manifest import ImageManifest
 
 
 class Medium(Protocol):
@@ -261,3 +262,15 @@ class Image:
     size: int
     path: Path
     block_map: Path
+
+    @classmethod
+    def of(cls, manifest: ImageManifest) -> "Image":
+        """The image that a description describes."""
+        return cls(
+            name=manifest.name,
+            version=manifest.version,
+            sha256=manifest.sha256,
+            size=manifest.size,
+            path=manifest.image_path,
+            block_map=manifest.bmap_path,
+        )

@@ -16,9 +16,7 @@ from factory.certify import DeviceCertificate
 from factory.enrol import Enrolment
 from factory.errors import UnitFault
 from factory.record import Step
-
-#: What the unit signs is never only what the station chose: the prefix keeps the proof from serving elsewhere.
-PROOF_PREFIX = b"picket-prove-v1\0"
+from firmware_agent.wire import PROOF_CONTEXT
 
 _ADVICE = (
     "Run the unit again. If it happens twice, put it on the repair shelf: its medium does not keep what is written."
@@ -76,7 +74,7 @@ def prove(agent: Agent, enrolment: Enrolment) -> None:
     answer = Answer("prove", agent.ask("prove", {"nonce": base64.b64encode(nonce).decode()}, seconds=60))
     try:
         signature = base64.b64decode(answer.text("signature"), validate=True)
-        public_key(enrolment.request).verify(signature, PROOF_PREFIX + nonce, ec.ECDSA(hashes.SHA256()))
+        public_key(enrolment.request).verify(signature, PROOF_CONTEXT + nonce, ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, binascii.Error) as error:
         raise UnitFault(
             "the unit cannot sign with the key that was certified: another key is installed",

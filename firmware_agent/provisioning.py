@@ -29,6 +29,7 @@ from firmware_agent.pins import Pins
 from firmware_agent.settings import Settings
 from firmware_agent.wire import (
     MAX_LINE,
+    PROOF_CONTEXT,
     Event,
     Fault,
     LinkLostError,
@@ -41,8 +42,6 @@ from firmware_agent.wire import (
     encode_reply,
 )
 
-#: `prove` signs this in front of the nonce, so that the station can never be made to have anything else signed.
-PROVE_CONTEXT: Final = b"picket-prove-v1\0"
 NONCE_BYTES: Final = 32
 
 MAX_WATCH_SECONDS: Final = 120.0
@@ -384,7 +383,7 @@ class Provisioning:
         }
 
     def _prove(self, params: Prove, _: Emit) -> dict[str, Any]:
-        signature = self._keys().load().sign(PROVE_CONTEXT + params.nonce)
+        signature = self._keys().load().sign(PROOF_CONTEXT + params.nonce)
         return {"signature": base64.b64encode(signature).decode()}
 
     def _self_test(self, _: Nothing, __: Emit) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 MAX_LINE = 256 * 1024
 
+#: A unit proves its key by signing this and the station's nonce, so it can never be made to sign anything else.
+PROOF_CONTEXT = b"picket-prove-v1\0"
+
 #: Behind this prefix stands the factory banner on the serial console: a CRC-32 in hex, a space, one JSON object. A
 #: console loses and garbles characters, and what the banner carries is trusted, so a line that came through damaged
 #: must not be taken for one that did not.

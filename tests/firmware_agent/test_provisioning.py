@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from firmware_agent import topics, wire
 from firmware_agent.pins import LgpioPins
-from firmware_agent.provisioning import PROVE_CONTEXT
+from firmware_agent.wire import PROOF_CONTEXT
 from tests.firmware_agent.support import (
     BOARD,
     SERIAL,
@@ -193,7 +193,7 @@ def test_prove_signs_the_nonce_behind_its_context(station: Station) -> None:
 
     answer = station.ask("prove", nonce=base64.b64encode(nonce).decode())
 
-    key.verify(base64.b64decode(answer["signature"]), PROVE_CONTEXT + nonce, ec.ECDSA(hashes.SHA256()))
+    key.verify(base64.b64decode(answer["signature"]), PROOF_CONTEXT + nonce, ec.ECDSA(hashes.SHA256()))
 
 
 @pytest.mark.parametrize("nonce", ["", "%%%", base64.b64encode(bytes(31)).decode(), 7, None])

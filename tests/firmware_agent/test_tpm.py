@@ -16,7 +16,7 @@ from firmware_agent.errors import KeyFault, NoTpm, WrongState
 from firmware_agent.keys import open_store, tpm, tpm_key
 from firmware_agent.keys.tpm_key import TpmKeys
 from firmware_agent.product import Product
-from firmware_agent.provisioning import PROVE_CONTEXT
+from firmware_agent.wire import PROOF_CONTEXT
 from tests.firmware_agent.support import (
     PKCS11_MODULES,
     SERIAL,
@@ -237,7 +237,7 @@ def test_a_unit_with_a_tpm_goes_the_whole_way(unit: Unit, ca: Ca, broker: Broker
         return station.ask("prove", nonce=base64.b64encode(nonce).decode())
 
     for _ in range(8):  # a connection in between neither logs the key's session out nor fills the TPM
-        key.verify(base64.b64decode(prove()["signature"]), PROVE_CONTEXT + nonce, ec.ECDSA(hashes.SHA256()))
+        key.verify(base64.b64decode(prove()["signature"]), PROOF_CONTEXT + nonce, ec.ECDSA(hashes.SHA256()))
         assert station.ask("connect", nonce="n", attempts=1, wait_seconds=0)["held"]
         assert broker.next("hello")["key"] == "tpm"
     station.close()
