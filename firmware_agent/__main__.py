@@ -7,6 +7,7 @@ Exit codes:
     3   a mistake in this program: a traceback precedes it
     4   run: halted, because the device key is gone (no TPM where one is configured, a key that cannot be used);
         starting again would not help, so the unit file says RestartPreventExitStatus=4 78
+    5   run: another release is in force now; to be started again at once
     78  the settings cannot be used (EX_CONFIG of sysexits.h)
 """
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 EXIT_FAULT = 1
 EXIT_BUG = 3
 EXIT_HALTED = 4
+EXIT_RESTART = 5
 EXIT_SETTINGS = 78
 
 EXAMPLES = """\

@@ -17,11 +17,19 @@ field. A file holds any part of this; what it leaves out has the value shown her
     warm_up_seconds = 60
     [pir.lines]             # GPIO chip label = line; the first chip that this board has is used
     "pinctrl-bcm2711" = 17
+    [tamper.lines]          # a loop that is closed (high) while the case is; none by default
     [mqtt]
     keep_alive_seconds = 45
     heartbeat_seconds = 300
+    [update]
+    root = "/usr/share/picket/root.json"    # the TUF root that this image trusts
+    product = "picket"      # releases for another product are refused
+    health_seconds = 120    # how long a new release may take to prove sensor, spool and key
+    soft_seconds = 900      # ... and to reach the cloud, if the old one could
+    attempts = 3            # how often a new release is started before the old one comes back
     [paths]
     state = "/var/lib/picket"
+    releases = "/opt/picket"
     run = "/run/picket"
     host_key = "/etc/ssh/ssh_host_ed25519_key.pub"
 """
@@ -129,6 +137,28 @@ class Pir:
     warm_up_seconds: float = field(default=60.0, metadata={"parse": _number(0, 600)})
 
 
+def _maybe_lines(value: object) -> Mapping[str, int]:
+    return MappingProxyType({}) if value == {} else _lines(value)
+
+
+@dataclass(frozen=True)
+class Tamper:
+    """A loop through the case, by the label of the GPIO chip: high while the case is closed. Without lines, none."""
+
+    lines: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}), metadata={"parse": _maybe_lines})
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the agent changes itself: whose releases it takes, and what a new one has to prove."""
+
+    root: Path = field(default=Path("/usr/share/picket/root.json"), metadata={"parse": _path})
+    product: str = field(default="picket", metadata={"parse": _text})
+    health_seconds: float = field(default=120.0, metadata={"parse": _number(0.1, 3600)})
+    soft_seconds: float = field(default=900.0, metadata={"parse": _number(0.1, 86400)})
+    attempts: int = field(default=3, metadata={"parse": _integer(1, 10)})
+
+
 @dataclass(frozen=True)
 class Mqtt:
     """The connection's rhythm.
@@ -146,6 +176,7 @@ class Paths:
 
     state: Path = field(default=Path("/var/lib/picket"), metadata={"parse": _path})
     run: Path = field(default=Path("/run/picket"), metadata={"parse": _path})
+    releases: Path = field(default=Path("/opt/picket"), metadata={"parse": _path})
     host_key: Path = field(default=Path("/etc/ssh/ssh_host_ed25519_key.pub"), metadata={"parse": _path})
 
     @property
@@ -198,6 +229,41 @@ class Paths:
         """Alarms on their way to the cloud."""
         return self.state / "spool.db"
 
+    @property
+    def boot(self) -> Path:
+        """What the launcher knows: the release on trial, and how often it was started."""
+        return self.state / "boot.json"
+
+    @property
+    def jobs(self) -> Path:
+        """The jobs' journal and what they are working on."""
+        return self.state / "jobs"
+
+    @property
+    def tuf(self) -> Path:
+        """Signed update metadata, as far as it was seen."""
+        return self.state / "tuf"
+
+    @property
+    def floor(self) -> Path:
+        """What an update may never undercut; apart from the metadata, so that losing those does not lose this."""
+        return self.state / "floor.json"
+
+    @property
+    def tuning(self) -> Path:
+        """The settings that the cloud has changed."""
+        return self.state / "tuning.json"
+
+    @property
+    def arming(self) -> Path:
+        """Armed or not, as of the last change."""
+        return self.state / "arming.json"
+
+    @property
+    def status(self) -> Path:
+        """How the running agent is, for `picket-agent status`."""
+        return self.run / "status.json"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -207,12 +273,23 @@ class Settings:
     key: Key = field(default_factory=Key)
     tpm: Tpm = field(default_factory=Tpm)
     pir: Pir = field(default_factory=Pir)
+    tamper: Tamper = field(default_factory=Tamper)
     mqtt: Mqtt = field(default_factory=Mqtt)
+    update: Update = field(default_factory=Update)
     paths: Paths = field(default_factory=Paths)
 
 
 _SECTIONS: Final[Mapping[str, type]] = MappingProxyType(
-    {"image": Image, "key": Key, "tpm": Tpm, "pir": Pir, "mqtt": Mqtt, "paths": Paths},
+    {
+        "image": Image,
+        "key": Key,
+        "tpm": Tpm,
+        "pir": Pir,
+        "tamper": Tamper,
+        "mqtt": Mqtt,
+        "update": Update,
+        "paths": Paths,
+    },
 )
 
 

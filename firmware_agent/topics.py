@@ -9,6 +9,7 @@ import re
 PREFIX = "dt/picket"
 
 ALARM = "alarm"
+EVENT = "event"
 HEARTBEAT = "heartbeat"
 HELLO = "hello"
 
@@ -23,3 +24,21 @@ def valid_serial(text: str) -> bool:
 def data_topic(thing: str, kind: str) -> str:
     """The topic that the unit `thing` publishes `kind` on, e.g. `dt/picket/PK-000001/alarm`."""
     return f"{PREFIX}/{thing}/{kind}"
+
+
+def jobs_topic(thing: str, *parts: str) -> str:
+    """A reserved topic of AWS IoT Jobs, e.g. `$aws/things/PK-000001/jobs/notify-next`.
+
+    https://docs.aws.amazon.com/iot/latest/developerguide/reserved-topics.html#reserved-topics-job
+    """
+    return "/".join(("$aws/things", thing, "jobs", *parts))
+
+
+def shadow_topic(thing: str, name: str, *parts: str) -> str:
+    """A reserved topic of a named shadow, e.g. `$aws/things/PK-000001/shadow/name/alarm/update`."""
+    return "/".join(("$aws/things", thing, "shadow/name", name, *parts))
+
+
+def defender_topic(thing: str) -> str:
+    """Where Device Defender takes a unit's metrics."""
+    return f"$aws/things/{thing}/defender/metrics/json"
