@@ -19,6 +19,7 @@ from image.recipe import load
 
 _RECIPE = Path(__file__).parent / "recipes" / "picket.toml"
 _OUTPUT = Path("build/image")
+_UPDATE_ROOT = Path("build/keys/update/root.json")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -29,12 +30,22 @@ def build(
     output: Annotated[Path, typer.Option(help="Where the results go.")] = _OUTPUT,
     cache: Annotated[Path, typer.Option(help="Where parts are kept for the next build.")] = Path("build/cache"),
     key: Annotated[Path, typer.Option(help="The factory's SSH key.")] = DEFAULT_PATH,
+    update_root: Annotated[
+        Path, typer.Option(help="The root of the update keys: `python -m cloud keys init` makes it.")
+    ] = _UPDATE_ROOT,
+    no_updates: Annotated[bool, typer.Option("--no-updates", help="An image whose agent takes no updates.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Build the image: raw, zstd, block map and description."""
+    if not no_updates and not update_root.is_file():
+        raise RecipeError(
+            f"there is no update root at {update_root}, without which units could never trust a release: make the keys"
+            " by `python -m cloud keys init`, name another file by --update-root, or say --no-updates"
+        )
     clock = Clock()
+    trusted = None if no_updates else update_root
     with _shown(clock, quiet=json_output) as stage:
-        manifest = build_image(load(recipe), output.resolve(), cache.resolve(), key, stage)
+        manifest = build_image(load(recipe), output.resolve(), cache.resolve(), key, trusted, stage)
     if json_output:
         print(json.dumps({"manifest": str(output / "picket.json"), "sha256": manifest.sha256,  # noqa: T201
                           "size": manifest.size, "seconds": clock.seconds}))  # fmt: skip

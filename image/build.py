@@ -39,7 +39,9 @@ class Clock:
         self.seconds[title] = round(time.monotonic() - began, 2)
 
 
-def build_image(recipe: Recipe, output: Path, cache: Path, key: Path, stage: Stage) -> ImageManifest:
+def build_image(
+    recipe: Recipe, output: Path, cache: Path, key: Path, update_root: Path | None, stage: Stage
+) -> ImageManifest:
     """Build the image of a recipe.
 
     Args:
@@ -47,6 +49,7 @@ def build_image(recipe: Recipe, output: Path, cache: Path, key: Path, stage: Sta
         output: directory for the results: raw image, zstd file, block map and description.
         cache: directory of what can be used again.
         key: the factory's SSH key; made if there is none.
+        update_root: the TUF root that units of this image trust; None for an image whose agent takes no updates.
         stage: context manager that shows and times one stage.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -65,13 +68,17 @@ def build_image(recipe: Recipe, output: Path, cache: Path, key: Path, stage: Sta
         with stage("agent and settings"):
             configure.install_agent(root, root_base, library)
             configure.install_files(root)
+            configure.install_launcher(root)
+            configure.install_update_root(root, update_root)
             configure.create_users(root)
+            configure.give_releases_to_the_agent(root)
             public = factory_key.ensure(key).with_name(key.name + ".pub").read_text().strip()
             configure.write_settings(root, recipe, root_partuuid, boot_partuuid, public)
             configure.choose_units(root)
         with stage("boot files"):
             kernel = boot.kernel_version(root)
             boot.take_boot_files(root, recipe, root_partuuid, boot_tree)
+            configure.set_epoch(root, EPOCH)
             configure.mark_updated(root)
         with stage("partitions"):
             boot_size = recipe.boot_mebibytes * disk.MEBIBYTE

@@ -18,6 +18,9 @@ AGENT_ID = 900
 _GROUPS = {"gpio": 901}
 _SUPPLEMENTARY = ("gpio", "tss")
 
+#: Where the agent's settings look for the update root.
+UPDATE_ROOT = "usr/share/picket/root.json"
+
 #: Directories in which systemd looks for a unit file.
 _UNIT_PATHS = ("etc/systemd/system", "usr/lib/systemd/system")
 
@@ -25,6 +28,7 @@ _ENABLED = (
     "picket-agent.service",
     "picket-factory.service",
     "picket-hostkey.service",
+    "picket-reboot.path",
     "picket-seal.path",
     "picket-vtpm.service",
     "ssh.service",
@@ -115,6 +119,30 @@ def install_agent(root: Path, base: Base, library: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def install_launcher(root: Path) -> None:
+    """What starts the release in force. It stays root's: no update and no fault of the agent ever changes it."""
+    target = root / "usr/lib/picket/launcher.py"
+    shutil.copyfile(_AGENT / "launcher.py", target)
+    target.chmod(0o644)
+
+
+def install_update_root(root: Path, trusted: Path | None) -> None:
+    """Whose signatures count: the TUF root that units of this image begin with. Without one, they take no updates."""
+    if trusted is None:
+        return
+    target = root / UPDATE_ROOT
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(trusted, target)
+    target.chmod(0o644)
+
+
+def give_releases_to_the_agent(root: Path) -> None:
+    """The agent installs releases beside the image's own and switches between them, so the directory is the agent's."""
+    top = root / "opt/picket"
+    for path in (top, *top.rglob("*")):
+        os.chown(path, AGENT_ID, AGENT_ID, follow_symlinks=False)
+
+
 def install_files(root: Path) -> None:
     """Copy `image/files/` over the root; everything belongs to root, and only programs are executable."""
     top = _HERE / "files"
@@ -171,6 +199,13 @@ def choose_units(root: Path) -> None:
     for name in _ENABLED:
         _enable(root, name)
     _link(root / "etc/systemd/system/default.target", "/usr/lib/systemd/system/multi-user.target")
+
+
+def set_epoch(root: Path, epoch: int) -> None:
+    """A clock that says less is certainly wrong: systemd starts it here, and the agent knows it (clock-epoch)."""
+    stamp = root / "usr/lib/clock-epoch"
+    stamp.write_bytes(b"")
+    os.utime(stamp, (epoch, epoch))
 
 
 def mark_updated(root: Path) -> None:

@@ -30,6 +30,8 @@ class Recipe:
         exclude: path patterns that dpkg leaves out, in order; a leading `+` takes one back.
         boards: device trees (file names without `.dtb`) that must be there.
         experimental_boards: device trees that are taken where the kernel package has them.
+        hardware: `compatible` strings of the boards that the agent's releases are for; others refuse them.
+        security_version: of the agent; units that have run a release never go back below its number.
         boot_mebibytes: size of the FAT boot partition.
         root_spare_mebibytes: free space in the root file system.
         key_store: where units keep their key: `file`, `tpm`, or `probe-once` (the first boot decides, for good).
@@ -46,6 +48,8 @@ class Recipe:
     exclude: tuple[str, ...]
     boards: tuple[str, ...]
     experimental_boards: tuple[str, ...]
+    hardware: tuple[str, ...]
+    security_version: int
     boot_mebibytes: int
     root_spare_mebibytes: int
     key_store: str
@@ -61,6 +65,8 @@ class Recipe:
             raise RecipeError(f"key.store {self.key_store!r} is none of {', '.join(_KEY_STORES)}")
         if not self.packages or not self.boards:
             raise RecipeError("packages and boards must not be empty")
+        if not self.hardware or self.security_version < 1:
+            raise RecipeError("hardware must not be empty, and security_version counts from 1")
         # FAT32 needs 65525 clusters; below 33 MiB mkfs.vfat makes a FAT16, which the oldest boot ROMs dislike.
         if not 64 <= self.boot_mebibytes <= 1024:
             raise RecipeError(f"boot_mebibytes {self.boot_mebibytes} is not between 64 and 1024")

@@ -271,6 +271,7 @@ class VirtualPi:
             "-display", "none",
         )  # fmt: skip
         qemu.run("fdtput", "-t", "s", tree, "/", "model", "Picket virtual Pi")
+        qemu.run("fdtput", "-t", "s", tree, "/", "compatible", "picket,virtual-pi", "linux,dummy-virt")
         qemu.run("fdtput", "-t", "s", tree, "/", "serial-number", self.serial)
         qemu.run("fdtput", "-p", "-t", "x", tree, "/system", "linux,revision", REVISION)
         return tree

@@ -22,7 +22,7 @@ def test_the_agent_understands_its_settings() -> None:
 def test_the_factory_key_opens_the_agent_and_nothing_else() -> None:
     line = render("factory_authorized_keys", factory_key="ssh-ed25519 AAAA factory")
 
-    assert line == 'restrict,command="/opt/picket/bin/picket-agent provision" ssh-ed25519 AAAA factory\n'
+    assert line == 'restrict,command="/usr/bin/picket-agent provision" ssh-ed25519 AAAA factory\n'
 
 
 def test_the_command_line_is_one_line_and_names_no_console() -> None:

@@ -86,7 +86,7 @@ def test_the_factory_key_opens_one_command_only(read: Reader) -> None:
     public = KEY.with_name("factory.pub").read_text().strip()
 
     assert read.text("/etc/picket/factory_authorized_keys") == (
-        f'restrict,command="/opt/picket/bin/picket-agent provision" {public}\n'
+        f'restrict,command="/usr/bin/picket-agent provision" {public}\n'
     )
 
 
@@ -99,7 +99,7 @@ def test_keys_are_looked_for_in_one_place_only(read: Reader) -> None:
 
 
 def test_the_agents_files_are_roots_alone_to_change(read: Reader) -> None:
-    for path in ("/opt/picket/bin/picket-agent", "/etc/picket/agent.toml", "/etc/picket/factory_authorized_keys"):
+    for path in ("/usr/bin/picket-agent", "/etc/picket/agent.toml", "/etc/picket/factory_authorized_keys"):
         stat = read.stat(path)
         assert re.search(r"User:\s+0\s+Group:\s+0", stat), path
         assert re.search(r"Mode:\s+0[67][45][45]", stat), path
