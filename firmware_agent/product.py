@@ -1,12 +1,12 @@
 """Product mode: motion becomes an alarm in the cloud, whatever happens in between.
 
-    edge ──▶ keeper ──▶ spool (disk) ──▶ publisher ──▶ broker
-                                             │
-                         deleted on PUBACK ◀─┘          supervisor: heartbeats, watchdog
+    edge ──▶ keeper ──▶ spool (disk) ──▶ link ──▶ broker
+                                          │
+                      deleted on PUBACK ◀─┘          supervisor: heartbeats, watchdog
 
 Three threads with one duty each. The keeper does nothing but make edges durable, so a slow network never delays it; the
-publisher owns the connection and is the only one that retries; the supervisor tells systemd that both are alive, and
-stops telling when one is not. An alarm is gone from the unit only when the broker has acknowledged it.
+link owns the connection and is the only one that retries; the supervisor tells systemd that both are alive, and stops
+telling when one is not. An alarm is gone from the unit only when the broker has acknowledged it.
 """
 
 import logging
@@ -15,19 +15,17 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
-from firmware_agent import backoff, files, identity, keys, messages, topics
+from firmware_agent import files, identity, keys, messages
 from firmware_agent.board import Board, ClockReading
-from firmware_agent.identity import Identity
-from firmware_agent.mqtt import Change, Connection, Down, Failed, NotDeliveredError, Stopped, Up, clock_is_wrong
+from firmware_agent.link import Link
 from firmware_agent.pins import Pins
 from firmware_agent.settings import Settings
-from firmware_agent.spool import Spool, Spooled
+from firmware_agent.spool import Spool
 from firmware_agent.systemd import Systemd
 
 _log = logging.getLogger(__name__)
@@ -52,9 +50,7 @@ class _Edge:
 
 @dataclass(frozen=True)
 class _Wake:
-    """Something waits in the spool, or the end has come: look. An urgent one does not wait for the next try's time."""
-
-    urgent: bool = False
+    """The end has come: look."""
 
 
 class Product:
@@ -75,7 +71,7 @@ class Product:
         self._open = ExitStack()
         self._stop = threading.Event()
         self._edges: queue.SimpleQueue[_Edge | _Wake] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[Change | _Wake] = queue.SimpleQueue()
+        self._link: Link | None = None
         self._beats: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
         #: Why a thread ended that should not have, if one did.
@@ -101,11 +97,12 @@ class Product:
             identity.check(found, key.public_key(), self._board.facts().serial)
             spool = opened.enter_context(open_spool(paths.spool))
             pir = opened.enter_context(self._pins.pir())
-            publisher = _Publisher(self._settings, self._board, found, key, spool, self._inbox, self._notify)
+            link = Link(self._settings, self._board, found, key, spool, self._notify)
+            self._link = link
             pir.watch(self._edge)
             self._open = opened.pop_all()
         self._spawn("keeper", lambda: self._keep(spool))
-        self._spawn("publisher", lambda: publisher.run(self._stop, lambda: self._beat("publisher")))
+        self._spawn("link", lambda: link.run(self._stop, lambda: self._beat("link")))
         self._spawn("supervisor", lambda: self._supervise(spool))
         self._notify.ready()
 
@@ -114,7 +111,7 @@ class Product:
         self._notify.stopping()
         self._stop.set()
         self._edges.put(_Wake())
-        self._inbox.put(_Wake())
+        self._wake()
 
     def join(self) -> None:
         """Wait until all threads have ended, then let go of PIR, spool and key.
@@ -145,6 +142,10 @@ class Product:
         self._threads.append(thread)
         thread.start()
 
+    def _wake(self, *, urgent: bool = False) -> None:
+        if self._link is not None:
+            self._link.wake(urgent=urgent)
+
     def _beat(self, name: str) -> None:
         self._beats[name] = time.monotonic()
 
@@ -165,7 +166,7 @@ class Product:
             # The sensor lies while it warms up after power-up; a restart of the agent does not make it cold again.
             if isinstance(edge, _Edge) and edge.uptime >= self._settings.pir.warm_up_seconds:
                 self._keep_one(spool, edge, boot_id)
-                self._inbox.put(_Wake(urgent=True))
+                self._wake(urgent=True)
 
     def _keep_one(self, spool: Spool, edge: _Edge, boot_id: str) -> None:
         """Keep one alarm, trying again for as long as the disk is full."""
@@ -193,7 +194,7 @@ class Product:
         due = time.monotonic() + heartbeat
         while not self._stop.wait(tick):
             now = time.monotonic()
-            stalled = [name for name in ("keeper", "publisher") if now - self._beats[name] > STALL_SECONDS]
+            stalled = [name for name in ("keeper", "link") if now - self._beats[name] > STALL_SECONDS]
             if stalled:
                 self._notify.status(f"{' and '.join(stalled)} stalled")
             else:
@@ -214,7 +215,7 @@ class Product:
             spool.heartbeat(beat.payload())
         except sqlite3.Error as error:
             _log.warning("no heartbeat: %s", error)
-        self._inbox.put(_Wake())
+        self._wake()
 
 
 def open_spool(path: Path) -> Spool:
@@ -230,156 +231,3 @@ def open_spool(path: Path) -> Spool:
             path.with_name(path.name + leftover).unlink(missing_ok=True)
         files.sync_directory(path.parent)
         return Spool(path)
-
-
-class _Publisher:
-    """Owns the connection: hello at each connect, then the spool in order, each message deleted on its PUBACK."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        board: Board,
-        found: Identity,
-        key: keys.DeviceKey,
-        spool: Spool,
-        inbox: "queue.SimpleQueue[Change | _Wake]",
-        notify: Systemd,
-    ) -> None:
-        self._settings = settings
-        self._board = board
-        self._identity = found
-        self._key = key
-        self._spool = spool
-        self._inbox = inbox
-        self._notify = notify
-        self._beat: Callable[[], None] = lambda: None
-        self._stop = threading.Event()
-        self._link: Literal["down", "connecting", "up"] = "down"
-        self._failures = 0
-        self._connect_at = 0.0
-        self._up_since = 0.0
-        self._greeted = False
-        self._resume_at = 0.0
-
-    def run(self, stop: threading.Event, beat: Callable[[], None]) -> None:
-        """Until `stop`; `beat` is called at least every few seconds."""
-        self._stop, self._beat = stop, beat
-        self._wait_for_clock()
-        if stop.is_set():
-            return
-        connection = Connection(
-            self._identity,
-            self._key,
-            keep_alive_seconds=self._settings.mqtt.keep_alive_seconds,
-            on_change=self._inbox.put,
-        )
-        try:
-            while not stop.is_set():
-                beat()
-                if self._link == "down" and time.monotonic() >= self._connect_at:
-                    self._link = "connecting"
-                    connection.connect()
-                self._take_in(connection)
-                if self._link == "up" and time.monotonic() >= self._resume_at:
-                    self._deliver(connection)
-        finally:
-            connection.stop()
-
-    def _wait_for_clock(self) -> None:
-        while not self._stop.is_set():
-            wrong = clock_is_wrong(self._identity, self._board.clock().unix)
-            if wrong is None:
-                return
-            self._beat()
-            self._notify.status(f"offline: {wrong}")
-            self._stop.wait(_TICK_SECONDS)
-
-    def _take_in(self, connection: Connection) -> None:
-        """Wait for the next change of the link or for something to do, then take in all there is."""
-        now = time.monotonic()
-        due = self._connect_at if self._link == "down" else self._resume_at
-        try:
-            change = self._inbox.get(timeout=min(_TICK_SECONDS, due - now) if due > now else _TICK_SECONDS)
-            while True:
-                self._note(change, connection)
-                change = self._inbox.get_nowait()
-        except queue.Empty:
-            return
-
-    def _note(self, change: Change | _Wake, connection: Connection) -> None:
-        match change:
-            case Up():
-                self._link, self._greeted, self._resume_at = "up", False, 0.0
-                self._up_since = time.monotonic()
-                self._notify.status(f"connected to {self._identity.host}")
-            case Down(detail):
-                self._retry(detail, connection)
-            case Failed(outcome, detail):
-                self._retry(f"{outcome}, {detail}", connection)
-            case _Wake(urgent=True):
-                # Motion: try at once, though not more than once a second, which is what AWS IoT allows.
-                self._connect_at = min(self._connect_at, time.monotonic() + backoff.FIRST_SECONDS)
-            case Stopped() | _Wake():
-                pass
-
-    def _retry(self, reason: str, connection: Connection) -> None:
-        """After a failed attempt or a lost link: let go, and set the time of the next attempt."""
-        now = time.monotonic()
-        steady = self._link == "up" and now - self._up_since >= _STEADY_SECONDS
-        wait = backoff.delay(0 if steady else self._failures)
-        self._failures = 1 if steady else self._failures + 1
-        self._link, self._connect_at = "down", now + wait
-        self._notify.status(f"offline: {reason}")
-        connection.stop()
-
-    def _deliver(self, connection: Connection) -> None:
-        """Send hello and everything in the spool; on the first refusal leave the rest for later."""
-        if not self._greeted:
-            hello = connection.publish(self._topic(topics.HELLO), self._hello())
-            self._greeted = self._acknowledged(hello)
-        while self._greeted and not self._stop.is_set():
-            batch = self._spool.oldest(_WINDOW)
-            if not batch:
-                return
-            if not self._deliver_batch(connection, batch):
-                break
-        self._resume_at = time.monotonic() + _RETRY_SECONDS
-
-    def _deliver_batch(self, connection: Connection, batch: list[Spooled]) -> bool:
-        """Whether all were acknowledged. What follows a refused one is sent again: late, but in order."""
-        flying = [(message, connection.publish(self._topic(message.kind), message.body)) for message in batch]
-        for message, delivered in flying:
-            if not self._acknowledged(delivered):
-                return False
-            self._spool.delete(message)
-        return True
-
-    def _acknowledged(self, delivered: "Future[None]") -> bool:
-        """Wait for the broker, in slices so that the watchdog and `stop` are served."""
-        for _ in range(int(_ACK_SECONDS / _TICK_SECONDS)):
-            self._beat()
-            try:
-                delivered.result(timeout=_TICK_SECONDS)
-            except TimeoutError:
-                if self._stop.is_set():
-                    return False
-                continue
-            except NotDeliveredError as error:
-                _log.warning("not delivered: %s", error)
-                return False
-            return True
-        return False
-
-    def _hello(self) -> bytes:
-        return messages.hello(
-            "product",
-            nonce=None,
-            facts=self._board.facts(),
-            identity=self._identity,
-            image=self._settings.image,
-            clock=self._board.clock(),
-            key=keys.grade(self._settings),
-        ).payload()
-
-    def _topic(self, kind: str) -> str:
-        return topics.data_topic(self._identity.serial, kind)
