@@ -186,7 +186,7 @@ class Product:
 
     def _supervise(self, spool: Spool) -> None:
         """Heartbeats into the spool, and systemd's watchdog."""
-        heartbeat = self._settings.mqtt.heartbeat_seconds
+        heartbeat = self._settings.tuning.heartbeat_seconds
         tick = min(_TICK_SECONDS, heartbeat)
         if self._notify.watchdog_seconds is not None:
             tick = min(tick, self._notify.watchdog_seconds / 3)

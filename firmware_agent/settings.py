@@ -15,12 +15,19 @@ field. A file holds any part of this; what it leaves out has the value shown her
     key = "device-1"
     [pir]
     warm_up_seconds = 60
+    blocked_seconds = 2.5
     [pir.lines]             # GPIO chip label = line; the first chip that this board has is used
     "pinctrl-bcm2711" = 17
     [tamper.lines]          # a loop that is closed (high) while the case is; none by default
     [mqtt]
     keep_alive_seconds = 45
+    [tuning]                # what the owner may change from afar; see firmware_agent/tuning.py for each
+    sensitivity = "normal"
+    quiet_seconds = 10
+    stuck_seconds = 900
+    silent_hours = 168
     heartbeat_seconds = 300
+    report_seconds = 900
     [update]
     root = "/usr/share/picket/root.json"    # the TUF root that this image trusts
     product = "picket"      # releases for another product are refused
@@ -42,6 +49,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from firmware_agent.errors import SettingsFault
+from firmware_agent.tuning import Tuning
 
 DEFAULT_PATH: Final = Path("/etc/picket/agent.toml")
 
@@ -130,11 +138,13 @@ class Pir:
     """The motion sensor's line, by the label of the GPIO chip, and how long it lies after power-up.
 
     An HC-SR501 may go high up to three times in its first minute, so product mode is deaf for that long after the
-    board's power came (not after a restart of the agent).
+    board's power came (not after a restart of the agent). After its output has fallen it sees nothing for 2.5 to 3 s,
+    so what rises in that time is no motion.
     """
 
     lines: Mapping[str, int] = field(default_factory=lambda: PIR_LINES, metadata={"parse": _lines})
     warm_up_seconds: float = field(default=60.0, metadata={"parse": _number(0, 600)})
+    blocked_seconds: float = field(default=2.5, metadata={"parse": _number(0, 60)})
 
 
 def _maybe_lines(value: object) -> Mapping[str, int]:
@@ -167,7 +177,6 @@ class Mqtt:
     """
 
     keep_alive_seconds: int = field(default=45, metadata={"parse": _integer(32, 1200)})
-    heartbeat_seconds: float = field(default=300.0, metadata={"parse": _number(0.05, 86400)})
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,7 @@ class Settings:
     pir: Pir = field(default_factory=Pir)
     tamper: Tamper = field(default_factory=Tamper)
     mqtt: Mqtt = field(default_factory=Mqtt)
+    tuning: Tuning = field(default_factory=Tuning)
     update: Update = field(default_factory=Update)
     paths: Paths = field(default_factory=Paths)
 
@@ -287,6 +297,7 @@ _SECTIONS: Final[Mapping[str, type]] = MappingProxyType(
         "pir": Pir,
         "tamper": Tamper,
         "mqtt": Mqtt,
+        "tuning": Tuning,
         "update": Update,
         "paths": Paths,
     },

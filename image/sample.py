@@ -25,7 +25,7 @@ name = "{name}"
 version = "{version}"
 [pir]
 warm_up_seconds = 1
-[mqtt]
+[tuning]
 heartbeat_seconds = 5
 """
 

@@ -168,8 +168,11 @@ tcti = "{tcti}"
 module = "{module}"
 [pir]
 warm_up_seconds = 0
+blocked_seconds = 0
 [mqtt]
 keep_alive_seconds = 45
+[tuning]
+quiet_seconds = 0
 heartbeat_seconds = 3600
 [paths]
 state = "{root}/state"
@@ -200,8 +203,8 @@ class Unit:
         return self.factory.pin(f"GPIO{LINE}")
 
     def with_heartbeat(self, seconds: float) -> "Unit":
-        mqtt = replace(self.settings.mqtt, heartbeat_seconds=seconds)
-        return replace(self, settings=replace(self.settings, mqtt=mqtt))
+        tuning = replace(self.settings.tuning, heartbeat_seconds=seconds)
+        return replace(self, settings=replace(self.settings, tuning=tuning))
 
 
 class Station:
