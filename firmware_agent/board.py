@@ -12,10 +12,12 @@ import shutil
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 Quality = Literal["ntp", "rtc", "estimated"]
 
@@ -34,6 +36,8 @@ class Facts:
         memory_bytes: memory that Linux has.
         boot_id: changes with each boot.
         kernel: its release.
+        compatible: what the device tree says the board is, the most specific first, e.g. `raspberrypi,3-model-b`,
+            `brcm,bcm2837`. A release names the boards that it is for by these.
     """
 
     serial: str
@@ -45,6 +49,7 @@ class Facts:
     memory_bytes: int
     boot_id: str
     kernel: str
+    compatible: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,17 @@ class Health:
             same since boot. None where the kernel does not pass them on (Debian's does not).
         disk_free_bytes: where the agent keeps its state.
         memory_free_bytes: what programs could still get.
+        disk_wear_percent: how much of its guaranteed life the medium has used, at most; None for media that do not tell
+            (SD cards do not, eMMCs do).
+        radio_dbm: how strongly the access point is heard; None on a cable.
     """
 
     temperature_c: float | None
     throttled: int | None
     disk_free_bytes: int
     memory_free_bytes: int
+    disk_wear_percent: int | None = None
+    radio_dbm: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,14 @@ def _read(path: Path) -> str | None:
         return None
 
 
+def _number(text: str | None, parse: Callable[[str], _Number]) -> _Number | None:
+    """What a kernel file says, or None when it is missing or says something else than its documentation."""
+    try:
+        return None if text is None else parse(text)
+    except (ValueError, IndexError):
+        return None
+
+
 class RaspberryPi:
     """A Raspberry Pi, or whatever else describes itself by a Pi's device tree (the virtual Pi does).
 
@@ -137,6 +155,7 @@ class RaspberryPi:
             memory_bytes=self._meminfo("MemTotal"),
             boot_id=_read(self._root / "proc/sys/kernel/random/boot_id") or "",
             kernel=_read(self._root / "proc/sys/kernel/osrelease") or platform.release(),
+            compatible=tuple(filter(None, (_read(tree / "compatible") or "").split("\0"))),
         )
 
     def health(self, state: Path) -> Health:
@@ -144,10 +163,12 @@ class RaspberryPi:
         celsius = _read(self._root / "sys/class/thermal/thermal_zone0/temp")
         throttled = _read(self._root / "sys/devices/platform/soc/soc:firmware/get_throttled")
         return Health(
-            temperature_c=int(celsius) / 1000 if celsius else None,  # millidegrees
-            throttled=int(throttled, 16) if throttled else None,
+            temperature_c=_number(celsius, lambda text: int(text) / 1000),  # millidegrees
+            throttled=_number(throttled, lambda text: int(text, 16)),
             disk_free_bytes=shutil.disk_usage(state).free,
             memory_free_bytes=self._meminfo("MemAvailable"),
+            disk_wear_percent=self._wear(),
+            radio_dbm=self._radio(),
         )
 
     def clock(self) -> ClockReading:
@@ -182,14 +203,35 @@ class RaspberryPi:
 
     def _medium(self) -> tuple[str | None, int]:
         """CID and size of the disk under the root file system."""
-        number = self._root_device()
-        if number is None:
+        device = self._root_disk()
+        if device is None:
             return None, 0
-        device = (self._root / "sys/dev/block" / number).resolve()
-        if (device / "partition").exists():
-            device = device.parent
         sectors = _read(device / "size")
         return _read(device / "device/cid"), int(sectors or 0) * 512  # sysfs counts in 512 bytes, whatever the disk
+
+    def _wear(self) -> int | None:
+        """JESD84-B51, EXT_CSD 268 and 269: tenths of the life of each kind of cell; 0 says nothing, 11 is over."""
+        device = self._root_disk()
+        if device is None:
+            return None
+        used = _number(_read(device / "device/life_time"), lambda text: max(int(word, 16) for word in text.split()))
+        return min(used * 10, 100) if used else None
+
+    def _radio(self) -> int | None:
+        """The level in the first interface's line of /proc/net/wireless: name, status, link, level, noise, ..."""
+        for line in (_read(self._root / "proc/net/wireless") or "").splitlines()[2:]:  # two lines of heading
+            level = _number(line, lambda text: int(float(text.split()[3])))
+            if level is not None and level < 0:  # otherwise not in dBm
+                return level
+        return None
+
+    def _root_disk(self) -> Path | None:
+        """Where sysfs describes the whole disk that the root file system lies on."""
+        number = self._root_device()
+        if number is None:
+            return None
+        device = (self._root / "sys/dev/block" / number).resolve()
+        return device.parent if (device / "partition").exists() else device
 
     def _root_device(self) -> str | None:
         for line in (_read(self._root / "proc/self/mountinfo") or "").splitlines():

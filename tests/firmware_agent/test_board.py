@@ -23,6 +23,7 @@ def root(tmp_path: Path) -> Path:
     put(tmp_path, "proc/device-tree/serial-number", b"10000000C0FFEE01\0")
     put(tmp_path, "proc/device-tree/system/linux,revision", bytes.fromhex("00a02082"))
     put(tmp_path, "proc/device-tree/model", b"Raspberry Pi 3 Model B Rev 1.2\0")
+    put(tmp_path, "proc/device-tree/compatible", b"raspberrypi,3-model-b\0brcm,bcm2837\0")
     put(tmp_path, "proc/sys/kernel/random/boot_id", "7d3f0d4e-0000-4000-8000-000000000001\n")
     put(tmp_path, "proc/sys/kernel/osrelease", "6.12.48-arm64\n")
     put(tmp_path, "proc/meminfo", "MemTotal:  927696 kB\nMemFree: 1 kB\nMemAvailable: 500000 kB\n")
@@ -56,6 +57,7 @@ def test_a_pi_says_what_it_is(root: Path) -> None:
     assert facts.memory_bytes == 927696 * 1024
     assert facts.boot_id == "7d3f0d4e-0000-4000-8000-000000000001"
     assert facts.kernel == "6.12.48-arm64"
+    assert facts.compatible == ("raspberrypi,3-model-b", "brcm,bcm2837")
 
 
 def test_what_a_board_cannot_tell_is_none_not_zero(tmp_path: Path) -> None:
@@ -63,8 +65,9 @@ def test_what_a_board_cannot_tell_is_none_not_zero(tmp_path: Path) -> None:
 
     health = board.health(tmp_path)
 
-    assert (health.temperature_c, health.throttled) == (None, None)
+    assert (health.temperature_c, health.throttled, health.disk_wear_percent, health.radio_dbm) == (None,) * 4
     assert board.facts().revision == "unknown"
+    assert board.facts().compatible == ()
     assert board.facts().medium_cid is None
 
 
@@ -77,6 +80,23 @@ def test_health_is_read_in_the_units_that_it_is_reported_in(root: Path) -> None:
     assert health.temperature_c == 45.223
     assert health.throttled == 0x50005
     assert health.memory_free_bytes == 500000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("life_time", "percent"), [("0x01 0x02\n", 20), ("0x0b 0x01\n", 100), ("0x00 0x00\n", None), ("nonsense\n", None)]
+)
+def test_an_emmc_tells_how_much_of_its_life_is_used(root: Path, life_time: str, percent: int | None) -> None:
+    put(root, "sys/devices/mmc0/block/mmcblk0/device/life_time", life_time)
+
+    assert RaspberryPi(root).health(root).disk_wear_percent == percent
+
+
+@pytest.mark.parametrize(("level", "dbm"), [("-58.", -58), ("58.", None), ("none", None)])
+def test_the_radio_is_heard_in_dbm(root: Path, level: str, dbm: int | None) -> None:
+    heading = "Inter-| sta-|   Quality        |   Discarded packets\n face | tus | link level noise |  nwid  crypt\n"
+    put(root, "proc/net/wireless", f"{heading} wlan0: 0000   52.  {level}  -256        0      0\n")
+
+    assert RaspberryPi(root).health(root).radio_dbm == dbm
 
 
 def test_the_clock_says_how_far_to_trust_it(root: Path) -> None:
