@@ -21,6 +21,7 @@ field. A file holds any part of this; what it leaves out has the value shown her
     [tamper.lines]          # a loop that is closed (high) while the case is; none by default
     [mqtt]
     keep_alive_seconds = 45
+    publishes_per_second = 90       # AWS IoT takes 100 on one connection
     [tuning]                # what the owner may change from afar; see firmware_agent/tuning.py for each
     sensitivity = "normal"
     quiet_seconds = 10
@@ -177,6 +178,7 @@ class Mqtt:
     """
 
     keep_alive_seconds: int = field(default=45, metadata={"parse": _integer(32, 1200)})
+    publishes_per_second: float = field(default=90.0, metadata={"parse": _number(1, 1_000_000)})
 
 
 @dataclass(frozen=True)
