@@ -10,7 +10,7 @@ week), and only when there are none left the oldest alarms.
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,16 +84,18 @@ class Spool:
             database.execute("INSERT INTO message (kind, body) VALUES (?, ?)", (topics.HEARTBEAT, body))
             self._shrink(database)
 
-    def oldest(self, count: int) -> list[Spooled]:
-        """Up to `count` messages, the oldest first."""
+    def oldest(self, count: int, *, after: int = 0, without: Collection[str] = ()) -> list[Spooled]:
+        """Up to `count` messages, the oldest first: those with an id over `after` whose kind is not in `without`."""
+        marks = ",".join("?" * len(without))
+        query = f"SELECT id, kind, body FROM message WHERE id > ? AND kind NOT IN ({marks}) ORDER BY id LIMIT ?"  # noqa: S608
         with self._lock:
-            rows = self._database.execute("SELECT id, kind, body FROM message ORDER BY id LIMIT ?", (count,)).fetchall()
+            rows = self._database.execute(query, (after, *without, count)).fetchall()
         return [Spooled(*row) for row in rows]
 
-    def delete(self, message: Spooled) -> None:
-        """Forget a message that the broker has."""
-        with self._lock:
-            self._database.execute("DELETE FROM message WHERE id = ?", (message.id,))
+    def delete(self, *messages: Spooled) -> None:
+        """Forget messages that the broker has, with one fsync for all."""
+        with self._lock, self._transaction() as database:
+            database.executemany("DELETE FROM message WHERE id = ?", [(message.id,) for message in messages])
 
     def __len__(self) -> int:
         with self._lock:
