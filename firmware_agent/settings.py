@@ -29,6 +29,8 @@ field. A file holds any part of this; what it leaves out has the value shown her
     silent_hours = 168
     heartbeat_seconds = 300
     report_seconds = 900
+    [clock]
+    port = 443              # where the endpoint speaks HTTPS, and so tells the time
     [update]
     root = "/usr/share/picket/root.json"    # the TUF root that this image trusts
     product = "picket"      # releases for another product are refused
@@ -40,6 +42,7 @@ field. A file holds any part of this; what it leaves out has the value shown her
     releases = "/opt/picket"
     run = "/run/picket"
     host_key = "/etc/ssh/ssh_host_ed25519_key.pub"
+    clock_epoch = "/usr/lib/clock-epoch"    # its date is the image's
 """
 
 import tomllib
@@ -171,6 +174,13 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """Where the endpoint tells the time, should no time server answer: its HTTPS port."""
+
+    port: int = field(default=443, metadata={"parse": _integer(1, 65535)})
+
+
+@dataclass(frozen=True)
 class Mqtt:
     """The connection's rhythm.
 
@@ -189,6 +199,7 @@ class Paths:
     run: Path = field(default=Path("/run/picket"), metadata={"parse": _path})
     releases: Path = field(default=Path("/opt/picket"), metadata={"parse": _path})
     host_key: Path = field(default=Path("/etc/ssh/ssh_host_ed25519_key.pub"), metadata={"parse": _path})
+    clock_epoch: Path = field(default=Path("/usr/lib/clock-epoch"), metadata={"parse": _path})
 
     @property
     def answered(self) -> Path:
@@ -271,6 +282,21 @@ class Paths:
         return self.state / "arming.json"
 
     @property
+    def clock(self) -> Path:
+        """The last time that the cloud has told, as of the last hour."""
+        return self.state / "clock.json"
+
+    @property
+    def clock_wrong(self) -> Path:
+        """Exists while the agent finds the clock certainly wrong; `picket-clock.service` acts on it."""
+        return self.run / "clock-wrong"
+
+    @property
+    def clock_https(self) -> Path:
+        """Exists once the clock was set by the endpoint's HTTPS in this boot."""
+        return self.run / "clock-https"
+
+    @property
     def status(self) -> Path:
         """How the running agent is, for `picket-agent status`."""
         return self.run / "status.json"
@@ -286,6 +312,7 @@ class Settings:
     pir: Pir = field(default_factory=Pir)
     tamper: Tamper = field(default_factory=Tamper)
     mqtt: Mqtt = field(default_factory=Mqtt)
+    clock: Clock = field(default_factory=Clock)
     tuning: Tuning = field(default_factory=Tuning)
     update: Update = field(default_factory=Update)
     paths: Paths = field(default_factory=Paths)
@@ -299,6 +326,7 @@ _SECTIONS: Final[Mapping[str, type]] = MappingProxyType(
         "pir": Pir,
         "tamper": Tamper,
         "mqtt": Mqtt,
+        "clock": Clock,
         "tuning": Tuning,
         "update": Update,
         "paths": Paths,
