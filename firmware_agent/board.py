@@ -19,7 +19,7 @@ from typing import Final, Literal, Protocol, TypeVar
 
 _Number = TypeVar("_Number", int, float)
 
-Quality = Literal["ntp", "rtc", "estimated"]
+Quality = Literal["ntp", "https", "rtc", "estimated"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class ClockReading:
 
     Attributes:
         unix: seconds since 1970, UTC.
-        quality: `ntp` when a server has set it since boot, `rtc` when a battery clock did, else `estimated`: a Pi
-            without either starts at the last time that it remembers.
+        quality: `ntp` when a server has set it since boot, `https` when the cloud's endpoint did, `rtc` when a battery
+            clock did, else `estimated`: a Pi without any starts at the last time that it remembers.
     """
 
     unix: float
@@ -175,6 +175,8 @@ class RaspberryPi:
         """The wall clock: systemd-timesyncd leaves a file once a server has answered."""
         if (self._root / "run/systemd/timesync/synchronized").exists():
             return ClockReading(time.time(), "ntp")
+        if (self._root / "run/picket/clock-https").exists():  # picket-clock.service has set it
+            return ClockReading(time.time(), "https")
         # The kernel sets the system clock from the RTC that says so here, when it has one.
         if _read(self._root / "sys/class/rtc/rtc0/hctosys") == "1":
             return ClockReading(time.time(), "rtc")

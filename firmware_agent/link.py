@@ -15,10 +15,11 @@ from typing import Final, Literal
 from firmware_agent import backoff, keys, messages, topics
 from firmware_agent.board import Board
 from firmware_agent.identity import Identity
-from firmware_agent.mqtt import Change, Connection, Down, Failed, NotDeliveredError, Stopped, Up, clock_is_wrong
+from firmware_agent.mqtt import Change, Connection, Down, Failed, NotDeliveredError, Stopped, Up
 from firmware_agent.settings import Settings
 from firmware_agent.spool import Spool, Spooled
 from firmware_agent.systemd import Systemd
+from firmware_agent.timekeeping import Timekeeper
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Link:
         self._spool = spool
         self._inbox: queue.SimpleQueue[Change | _Wake] = queue.SimpleQueue()
         self._notify = notify
+        #: Whether the time can be right; told the time by the cloud.
+        self.timekeeper = Timekeeper(settings.paths, lambda: self._identity.leaf)
         self._beat: Callable[[], None] = lambda: None
         self._stop = threading.Event()
         self._link: Literal["down", "connecting", "up"] = "down"
@@ -71,9 +74,6 @@ class Link:
     def run(self, stop: threading.Event, beat: Callable[[], None]) -> None:
         """Until `stop`; `beat` is called at least every few seconds."""
         self._stop, self._beat = stop, beat
-        self._wait_for_clock()
-        if stop.is_set():
-            return
         connection = Connection(
             self._identity,
             self._key,
@@ -83,7 +83,8 @@ class Link:
         try:
             while not stop.is_set():
                 beat()
-                if self._link == "down" and time.monotonic() >= self._connect_at:
+                self.timekeeper.tick()
+                if self._link == "down" and time.monotonic() >= self._connect_at and self._clock_may_be_right():
                     self._link = "connecting"
                     connection.connect()
                 self._take_in(connection)
@@ -92,14 +93,14 @@ class Link:
         finally:
             connection.stop()
 
-    def _wait_for_clock(self) -> None:
-        while not self._stop.is_set():
-            wrong = clock_is_wrong(self._identity, self._board.clock().unix)
-            if wrong is None:
-                return
-            self._beat()
-            self._notify.status(f"offline: {wrong}")
-            self._stop.wait(_TICK_SECONDS)
+    def _clock_may_be_right(self) -> bool:
+        """Whether TLS can work; when it cannot, the next look at the clock is a moment later."""
+        wrong = self.timekeeper.wrong(self._board.clock().unix)
+        if wrong is None:
+            return True
+        self._notify.status(f"offline: {wrong}")
+        self._connect_at = time.monotonic() + _TICK_SECONDS
+        return False
 
     def _take_in(self, connection: Connection) -> None:
         """Wait for the next change of the link or for something to do, then take in all there is."""

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from awscrt import exceptions, io, mqtt5
 
+from firmware_agent import timekeeping
 from firmware_agent.errors import KeyFault
 from firmware_agent.identity import Identity
 from firmware_agent.keys import DeviceKey
@@ -82,21 +82,6 @@ class Attempt:
     outcome: Outcome
     seconds: float
     detail: str
-
-
-def clock_is_wrong(identity: Identity, now: float) -> str | None:
-    """Why TLS cannot work with this clock, or None.
-
-    A Pi without a battery clock starts in its past. A handshake then fails after half a minute and looks like a wrong
-    CA, so it is not even tried before the day that the unit's own certificate was made.
-    """
-    first = identity.leaf.not_valid_before_utc
-    if now >= first.timestamp():
-        return None
-    return (
-        f"the unit's clock says {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M}, before its certificate's first day "
-        f"({first:%Y-%m-%d %H:%M}); it waits for a time server (is NTP reachable?)"
-    )
 
 
 class Connection:
@@ -216,7 +201,7 @@ def attempt(
     def ended(outcome: Outcome, detail: str) -> Attempt:
         return Attempt(outcome, round(time.monotonic() - start, 3), detail)
 
-    wrong = clock_is_wrong(identity, now)
+    wrong = timekeeping.certainly_wrong(now, timekeeping.bounds(identity.leaf))
     if wrong is not None:
         return ended("tls", wrong)
     changes: queue.SimpleQueue[Change] = queue.SimpleQueue()
