@@ -87,28 +87,28 @@ def _prepare(settings: Settings) -> None:
 
 
 def _provision(settings: Settings) -> None:
-    from firmware_agent.pins import LgpioPins  # noqa: PLC0415 - not for the banner
+    from firmware_agent.pins import open_pins  # noqa: PLC0415 - not for the banner
     from firmware_agent.provisioning import Provisioning  # noqa: PLC0415
 
     _prepare(settings)
-    Provisioning(settings, RaspberryPi(), LgpioPins(settings.pir.lines)).serve(_StandardStreams())
+    Provisioning(settings, RaspberryPi(settings.paths.board), open_pins(settings)).serve(_StandardStreams())
 
 
 def _banner(settings: Settings) -> None:
     from firmware_agent.banner import repeat  # noqa: PLC0415 - each verb loads its own part
 
-    repeat(settings, RaspberryPi(), sys.stdout)
+    repeat(settings, RaspberryPi(settings.paths.board), sys.stdout)
 
 
 def _run(settings: Settings) -> None:
-    from firmware_agent.pins import LgpioPins  # noqa: PLC0415 - not for the banner
+    from firmware_agent.pins import open_pins  # noqa: PLC0415 - not for the banner
     from firmware_agent.product import Product  # noqa: PLC0415
     from firmware_agent.systemd import Systemd  # noqa: PLC0415
 
     _prepare(settings)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")  # the journal adds the time
     systemd = Systemd.from_environment(os.environ)
-    product = Product(settings, RaspberryPi(), LgpioPins(settings.pir.lines), notify=systemd)
+    product = Product(settings, RaspberryPi(settings.paths.board), open_pins(settings), notify=systemd)
     # A SimpleQueue, because it may be filled from a signal handler; an Event may not (its lock is not re-entrant).
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):

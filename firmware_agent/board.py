@@ -140,6 +140,7 @@ class RaspberryPi:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
+        self._began = self._first_process()
 
     def facts(self) -> Facts:
         """What stays the same while the board runs."""
@@ -183,8 +184,14 @@ class RaspberryPi:
         return ClockReading(time.time(), "estimated")
 
     def uptime(self) -> float:
-        """Seconds since boot, counted on through suspend."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        """Seconds since the board's first process began, counted on through suspend."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self._began
+
+    def _first_process(self) -> float:
+        """When process 1 began, in seconds of CLOCK_BOOTTIME: field 22 of proc_pid_stat(5); 0 where it is hidden."""
+        stat = _read(self._root / "proc/1/stat") or ""
+        fields = stat.rpartition(")")[2].split()  # the second field, in parentheses, may hold anything
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK") if len(fields) > 19 else 0.0
 
     def _revision(self, path: Path) -> str:
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from firmware_agent.errors import PirFault
+from firmware_agent.settings import Settings
 
 #: _IOR(0xB4, 0x01, struct gpiochip_info { char name[32]; char label[32]; __u32 lines; }) of <linux/gpio.h>
 _GPIO_GET_CHIPINFO: Final = 0x8044B401
@@ -144,3 +145,13 @@ class LgpioPins:
             raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
         except Exception as error:
             raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
+
+
+def open_pins(settings: Settings) -> Pins:
+    """The driver that the settings name; it opens nothing yet."""
+    kind, _, place = settings.gpio.driver.partition(":")
+    if kind == "unix":
+        from firmware_agent.remote_pins import RemotePins  # noqa: PLC0415 - each board needs one of the two
+
+        return RemotePins(Path(place), settings.pir.lines)
+    return LgpioPins(settings.pir.lines)

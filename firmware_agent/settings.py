@@ -13,6 +13,8 @@ field. A file holds any part of this; what it leaves out has the value shown her
     tcti = "device:/dev/tpmrm0"     # how to reach the TPM; "" says that this board has no place for one
     token = "picket"
     key = "device-1"
+    [gpio]
+    driver = "lgpio"        # the kernel's chips; or "unix:/path": lines that another process holds (remote_pins.py)
     [pir]
     warm_up_seconds = 60
     blocked_seconds = 2.5
@@ -43,6 +45,7 @@ field. A file holds any part of this; what it leaves out has the value shown her
     run = "/run/picket"
     host_key = "/etc/ssh/ssh_host_ed25519_key.pub"
     clock_epoch = "/usr/lib/clock-epoch"    # its date is the image's
+    board = "/"             # where the kernel's /proc, /sys and /run hang
 """
 
 import tomllib
@@ -102,6 +105,13 @@ def _store(value: object) -> str:
     return _text(value)
 
 
+def _driver(value: object) -> str:
+    text = _text(value)
+    if text != "lgpio" and not text.startswith("unix:/"):
+        raise TypeError('"lgpio" or "unix:" and an absolute path')
+    return text
+
+
 def _lines(value: object) -> Mapping[str, int]:
     if not isinstance(value, dict) or not value:
         raise TypeError("a table of GPIO chip labels and lines")
@@ -135,6 +145,13 @@ class Tpm:
     tcti: str = field(default="device:/dev/tpmrm0", metadata={"parse": _text})
     token: str = field(default="picket", metadata={"parse": _text})
     key: str = field(default="device-1", metadata={"parse": _text})
+
+
+@dataclass(frozen=True)
+class Gpio:
+    """Who holds the lines of `[pir]` and `[tamper]`: the kernel, or a process behind a Unix socket."""
+
+    driver: str = field(default="lgpio", metadata={"parse": _driver})
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,7 @@ class Paths:
     releases: Path = field(default=Path("/opt/picket"), metadata={"parse": _path})
     host_key: Path = field(default=Path("/etc/ssh/ssh_host_ed25519_key.pub"), metadata={"parse": _path})
     clock_epoch: Path = field(default=Path("/usr/lib/clock-epoch"), metadata={"parse": _path})
+    board: Path = field(default=Path("/"), metadata={"parse": _path})
 
     @property
     def answered(self) -> Path:
@@ -309,6 +327,7 @@ class Settings:
     image: Image
     key: Key = field(default_factory=Key)
     tpm: Tpm = field(default_factory=Tpm)
+    gpio: Gpio = field(default_factory=Gpio)
     pir: Pir = field(default_factory=Pir)
     tamper: Tamper = field(default_factory=Tamper)
     mqtt: Mqtt = field(default_factory=Mqtt)
@@ -323,6 +342,7 @@ _SECTIONS: Final[Mapping[str, type]] = MappingProxyType(
         "image": Image,
         "key": Key,
         "tpm": Tpm,
+        "gpio": Gpio,
         "pir": Pir,
         "tamper": Tamper,
         "mqtt": Mqtt,

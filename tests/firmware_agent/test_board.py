@@ -1,7 +1,9 @@
 """What a Raspberry Pi says about itself, read from a kernel's tree made by hand."""
 
 import fcntl
+import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ def put(root: Path, path: str, content: str | bytes) -> None:
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @pytest.fixture
@@ -171,3 +177,19 @@ def test_an_edge_while_a_pin_is_watched_is_not_lost(unit: Any) -> None:
     assert edges == [True, False] * 20
     unit.pir.drive_high()
     assert len(edges) == 40
+
+
+def test_the_uptime_counts_from_the_boards_first_process(root: Path) -> None:
+    before = boottime()
+    began = round((before - 2.5) * os.sysconf("SC_CLK_TCK"))
+    put(root, "proc/1/stat", f"1 (odd ) name) S {'0 ' * 18}{began} 0 0\n")
+
+    uptime = RaspberryPi(root).uptime()
+
+    assert 2.4 <= uptime <= boottime() - before + 2.6
+
+
+def test_the_uptime_is_the_kernels_where_the_first_process_is_hidden(root: Path) -> None:
+    before = boottime()
+
+    assert before <= RaspberryPi(root).uptime() <= boottime()

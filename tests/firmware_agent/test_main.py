@@ -126,12 +126,11 @@ def test_version_and_help_need_no_settings(capsys: pytest.CaptureFixture[str]) -
 RUN = """
 import sys
 from gpiozero.pins.mock import MockFactory
-from firmware_agent import board, pins
-pins.LgpioPins = lambda lines: pins.FactoryPins(MockFactory(), 17)
+from firmware_agent import pins
+pins.open_pins = lambda settings: pins.FactoryPins(MockFactory(), 17)
 from tests.firmware_agent.support import TestBoard
-board.RaspberryPi = TestBoard
 from firmware_agent import __main__
-__main__.RaspberryPi = TestBoard
+__main__.RaspberryPi = lambda root: TestBoard()
 sys.exit(__main__.main(["--settings", sys.argv[1], "run"]))
 """
 
