@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("provision", help="answer the station's verbs on standard input and output (factory mode)")
     verbs.add_parser("banner", help="say the factory banner on standard output until the station answers")
     verbs.add_parser("run", help="product mode")
+    verbs.add_parser("clock", help="set the clock by the cloud's endpoint, if no time server has done so")
     verbs.add_parser("version", help="print the agent's version")
     return parser
 
@@ -98,6 +99,12 @@ def _banner(settings: Settings) -> None:
     from firmware_agent.banner import repeat  # noqa: PLC0415 - each verb loads its own part
 
     repeat(settings, RaspberryPi(settings.paths.board), sys.stdout)
+
+
+def _clock(settings: Settings) -> None:
+    from firmware_agent import https_clock  # noqa: PLC0415 - each verb loads its own part
+
+    print(https_clock.run(settings, RaspberryPi()))  # noqa: T201 - for the journal
 
 
 def _run(settings: Settings) -> None:
@@ -144,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "version":
         print(__version__)  # noqa: T201 - its whole purpose
         return 0
-    verb = {"provision": _provision, "banner": _banner, "run": _run}[options.verb]
+    verb = {"provision": _provision, "banner": _banner, "clock": _clock, "run": _run}[options.verb]
     code = 0
     try:
         verb(load(options.settings))
