@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,66 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Create `path` with `data` and make the content durable, though not yet the name."""
+def create(path: Path, pieces: Iterable[bytes], mode: int, *, durable: bool = False) -> None:
+    """Create the file `path`; with `durable` its content survives a power cut, though not yet its name."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.fchmod(handle, mode)  # whatever the umask
-        view = memoryview(data)
-        while view:
-            view = view[os.write(handle, view) :]
-        os.fsync(handle)
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(handle, view) :]
+        if durable:
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    create(path, [data], mode, durable=True)
+
+
+def make_directory(path: Path, mode: int = 0o755) -> None:
+    """Create the directory `path`, not yet durably."""
+    os.mkdir(path, mode)  # noqa: PTH102
+
+
+def sync_tree(path: Path) -> None:
+    """Make all that lies under the directory `path` durable, and `path` itself, though not yet its name.
+
+    To be called once, after everything was written: the first fsync then takes most of the data along, and the others
+    find little to do. (One fsync per file while writing costs a commit of the file system's journal each.)
+    """
+    with os.scandir(path) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                sync_tree(Path(entry.path))
+            else:
+                handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+    sync_directory(path)
+
+
+def move(path: Path, to: Path) -> None:
+    """Give a file or directory another name in the same directory, durably; what had that name is gone."""
+    os.rename(path, to)  # noqa: PTH104
+    sync_directory(to.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or link, or a directory with all that is in it; not durably. It is no fault if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        with os.scandir(path) as entries:
+            inside = [Path(entry.path) for entry in entries]
+        for member in inside:
+            remove(member)
+        os.rmdir(path)  # noqa: PTH106
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
 
 
 def _temporary(path: Path) -> Path:
@@ -51,7 +101,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.replace(temporary, path)  # noqa: PTH105 - beside its fsyncs, so that all three are seen together
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)  # noqa: PTH108
         raise
     sync_directory(path.parent)
 
