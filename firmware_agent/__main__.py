@@ -104,7 +104,7 @@ def _banner(settings: Settings) -> None:
 def _clock(settings: Settings) -> None:
     from firmware_agent import https_clock  # noqa: PLC0415 - each verb loads its own part
 
-    print(https_clock.run(settings, RaspberryPi()))  # noqa: T201 - for the journal
+    print(https_clock.run(settings, RaspberryPi(settings.paths.board)))  # noqa: T201 - for the journal
 
 
 def _run(settings: Settings) -> None:
