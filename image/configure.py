@@ -26,6 +26,7 @@ _UNIT_PATHS = ("etc/systemd/system", "usr/lib/systemd/system")
 
 _ENABLED = (
     "picket-agent.service",
+    "picket-clock.timer",
     "picket-factory.service",
     "picket-hostkey.service",
     "picket-reboot.path",
