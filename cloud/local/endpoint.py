@@ -22,13 +22,17 @@ DEFAULT_PORT, DEFAULT_MQTT_PORT = 4566, 8883
 
 @dataclass(frozen=True)
 class Settings:
-    """How a local cloud runs. Ports of 0 mean any free one. `retry_seconds` is AWS's first wait between attempts."""
+    """How a local cloud runs. Ports of 0 mean any free one.
+
+    `retry_seconds` is AWS's first wait before it calls a failed function again, `minute_seconds` a minute of its jobs.
+    """
 
     state: str
     port: int
     mqtt_port: int
     jitp_delay: tuple[float, float] = (1.0, 3.0)
     retry_seconds: float = 60.0
+    minute_seconds: float = 60.0
     log_level: str = "INFO"
     follow: int | None = None
 

@@ -57,6 +57,7 @@ def up(
     mqtt_port: int = DEFAULT_MQTT_PORT,
     jitp_delay: tuple[float, float] = (1.0, 3.0),
     retry_seconds: float = 60.0,
+    minute_seconds: float = 60.0,
     server: Sequence[str] = SERVER,
     follow: int | None = None,
 ) -> LocalEndpoint:
@@ -68,6 +69,7 @@ def up(
         mqtt_port: the MQTT port for devices, 0 for any free one.
         jitp_delay: seconds, shortest and longest, from JITP's hang-up until the certificate is ACTIVE.
         retry_seconds: the wait before a failed function is called again; AWS's is a minute.
+        minute_seconds: how long a minute of the jobs' rates and timers is.
         server: the Python arguments that start the process.
         follow: read end of a pipe; when its other end closes, the local cloud stops.
 
@@ -88,6 +90,7 @@ def up(
         mqtt_port=mqtt_port,
         jitp_delay=jitp_delay,
         retry_seconds=retry_seconds,
+        minute_seconds=minute_seconds,
         follow=follow,
     )
     write_atomically(state / "settings.json", json.dumps(asdict(settings)))
@@ -201,6 +204,7 @@ def running(
     mqtt_port: int = 0,
     jitp_delay: tuple[float, float] = (1.0, 3.0),
     retry_seconds: float = 60.0,
+    minute_seconds: float = 60.0,
     server: Sequence[str] = SERVER,
 ) -> Iterator[LocalEndpoint]:
     """A local cloud for the length of a `with` block, on free ports; it also ends when this process is killed.
@@ -218,6 +222,7 @@ def running(
             mqtt_port=mqtt_port,
             jitp_delay=jitp_delay,
             retry_seconds=retry_seconds,
+            minute_seconds=minute_seconds,
             server=server,
             follow=follow,
         )

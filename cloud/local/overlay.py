@@ -2,8 +2,8 @@
 
 ministack registers a device certificate just in time but stops there; asks for a client certificate without insisting;
 listens on every interface; and hands a rule's event to a Lambda function once, without AWS's retries. Each amendment
-below replaces one of its functions by name. The names belong to another project, so `check_pinned` refuses to start on
-any other version, or when a name or its signature is not what this file was written against.
+below replaces one of its functions by name; what jobs lack is in `jobs`. The names belong to another project, so
+`check_pinned` refuses to start on any other version, or when a name or its signature is not what was written against.
 
 Documents: JITP https://docs.aws.amazon.com/iot/latest/developerguide/jit-provisioning.html, certificate states
 https://docs.aws.amazon.com/iot/latest/apireference/API_UpdateCertificate.html, asynchronous invocation
@@ -22,12 +22,13 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cloud.errors import LocalCloudError
 from cloud.jitp import missing_parameters, subject_parameters
+from cloud.local import jobs
 
 PINNED = "1.5.33"
 
@@ -90,17 +91,21 @@ class Behaviour:
     """How the stand-in behaves where AWS has a range.
 
     `jitp_delay_seconds`: from the hang-up until the certificate is ACTIVE; AWS takes one to three seconds.
+    `minute_seconds`: how long a minute of jobs is: of their rollout rates and timers. Tests have no time.
     """
 
     jitp_delay_seconds: tuple[float, float] = (1.0, 3.0)
+    minute_seconds: float = 60.0
 
 
-def check_pinned(version: str | None = None, wrapped: Mapping[str, Mapping[str, str]] = WRAPPED) -> None:
+def check_pinned(
+    version: str | None = None, wrapped: Sequence[Mapping[str, Mapping[str, str]]] = (WRAPPED, jobs.WRAPPED)
+) -> None:
     """Refuse any ministack but the one that the amendments were written against.
 
     Args:
         version: the installed version; read from the installed package when None.
-        wrapped: module, name, signature of everything the amendments touch.
+        wrapped: module, name, signature of everything the amendments touch; one mapping per file of amendments.
 
     Raises:
         LocalCloudError: another version, or a name that is gone or has another signature.
@@ -115,7 +120,7 @@ def check_pinned(version: str | None = None, wrapped: Mapping[str, Mapping[str, 
             f"the local cloud is written against ministack {PINNED}, installed is {version}:"
             f" install ministack=={PINNED}, or port cloud/local/overlay.py to {version}"
         )
-    for module_name, names in wrapped.items():
+    for module_name, names in (item for each in wrapped for item in each.items()):
         module = importlib.import_module(module_name)
         for name, expected in names.items():
             found = getattr(module, name, None)
@@ -142,6 +147,7 @@ def install(behaviour: Behaviour, mqtt_socket: socket.socket) -> None:
     invoke_functions_as_aws_does()
     name_the_target_of_a_policy()
     date_text_messages()
+    jobs.install(behaviour.minute_seconds)
 
 
 def require_client_certificate() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cloud.errors import LocalCloudError
-from cloud.local import overlay
+from cloud.local import jobs, overlay
 from cloud.local.endpoint import (
     ACCESS_KEY,
     ACCOUNT,
@@ -52,7 +52,7 @@ def main(arguments: list[str], amend: Callable[[overlay.Behaviour, socket.socket
         with _owned(Path(settings.state)), _bound(settings.port) as http, _bound(settings.mqtt_port) as mqtt:
             _configure(settings, http.getsockname()[1])
             overlay.check_pinned()
-            amend(overlay.Behaviour(jitp_delay_seconds=settings.jitp_delay), mqtt)
+            amend(overlay.Behaviour(settings.jitp_delay, settings.minute_seconds), mqtt)
             asyncio.run(_serve(settings, http, mqtt))
     except LocalCloudError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the launcher reads it from the log
@@ -184,6 +184,7 @@ async def _tend(settings: Settings, port: int, mqtt_port: int) -> None:
     saved = asyncio.get_running_loop().time()
     while True:
         await asyncio.sleep(TEND_SECONDS)
+        await jobs.sweep()
         await asyncio.to_thread(overlay.keep_functions_warm)
         if asyncio.get_running_loop().time() - saved > SAVE_SECONDS:
             overlay.save_state()

@@ -146,7 +146,7 @@ def hello(**changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     base: Path = tmp_path_factory.mktemp("cloud")
-    with launcher.running(base / "state", jitp_delay=JITP_DELAY, retry_seconds=0.2) as endpoint:
+    with launcher.running(base / "state", jitp_delay=JITP_DELAY, retry_seconds=0.2, minute_seconds=1.0) as endpoint:
         target = local_target(base / "state")
         outputs = dict(stack.deploy(target, build=base / "code").outputs)
         registry = Registry(target)

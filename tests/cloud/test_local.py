@@ -197,7 +197,7 @@ def test_a_name_that_the_overlay_needs_must_be_there_and_look_as_it_did(
     name: str, signature: str, complaint: str
 ) -> None:
     with pytest.raises(LocalCloudError, match=complaint):
-        overlay.check_pinned(wrapped={"ministack.services.iot": {name: signature}})
+        overlay.check_pinned(wrapped=[{"ministack.services.iot": {name: signature}}])
 
 
 def test_no_stack_is_said_to_be_missing_with_the_command_that_deploys_it(state: Path) -> None:

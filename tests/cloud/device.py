@@ -1,0 +1,113 @@
+"""A unit's MQTT side for the cloud's tests: one connection, what arrived on it, and a question with its answer."""
+
+import itertools
+import json
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from awscrt import io, mqtt5
+
+from tests.cloud.conftest import Fleet, Unit
+
+SECONDS = 20.0
+
+
+class Device:
+    """Connected as the unit, subscribed to its jobs, its shadows and its metrics' answers."""
+
+    def __init__(self, fleet: Fleet, unit: Unit) -> None:
+        self.serial = unit.serial
+        self.root = f"$aws/things/{unit.serial}"
+        self._arrived: dict[str, queue.Queue[dict[str, Any]]] = defaultdict(queue.Queue)
+        self._connected, self._stopped = threading.Event(), threading.Event()
+        self._tokens = itertools.count()
+        options = io.TlsContextOptions.create_client_with_mtls(unit.leaf.chain.encode(), unit.leaf.key.encode())
+        options.override_default_trust_store(fleet.trust.encode())
+        self._client = mqtt5.Client(
+            mqtt5.ClientOptions(
+                host_name=fleet.endpoint.host,
+                port=fleet.endpoint.port,
+                tls_ctx=io.ClientTlsContext(options),
+                connect_options=mqtt5.ConnectPacket(client_id=unit.serial, keep_alive_interval_sec=30),
+                on_publish_callback_fn=self._on_message,
+                on_lifecycle_event_connection_success_fn=lambda _: self._connected.set(),
+                on_lifecycle_event_stopped_fn=lambda _: self._stopped.set(),
+            )
+        )
+
+    def _on_message(self, data: mqtt5.PublishReceivedData) -> None:
+        packet = data.publish_packet
+        self._arrived[str(packet.topic).removeprefix(self.root + "/")].put(json.loads(packet.payload or b"{}"))
+
+    def open(self) -> None:
+        self._client.start()
+        assert self._connected.wait(SECONDS)
+        filters = ("jobs/#", "shadow/name/alarm/#", "shadow/name/settings/#", "defender/metrics/json/+")
+        subscriptions = [mqtt5.Subscription(f"{self.root}/{each}", qos=mqtt5.QoS.AT_LEAST_ONCE) for each in filters]
+        answer = self._client.subscribe(mqtt5.SubscribePacket(subscriptions)).result(SECONDS)
+        assert all(code < 0x80 for code in answer.reason_codes)
+
+    def close(self) -> None:
+        self._client.stop()
+        self._stopped.wait(SECONDS)
+
+    def publish(self, topic: str, body: object) -> None:
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        packet = mqtt5.PublishPacket(topic=f"{self.root}/{topic}", payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
+        self._client.publish(packet).result(SECONDS)
+
+    def ask(self, topic: str, body: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """`accepted` or `rejected`, and what the answer says."""
+        token = f"{self.serial}-{next(self._tokens)}"
+        self.publish(topic, {**(body or {}), "clientToken": token})
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            for kind in ("accepted", "rejected"):
+                try:
+                    answer = self._arrived[f"{topic}/{kind}"].get_nowait()
+                except queue.Empty:
+                    continue
+                if answer.get("clientToken") == token:
+                    return kind, answer
+            time.sleep(0.005)
+        raise AssertionError(f"no answer on {topic}")
+
+    def next(self, topic: str, when: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
+        """The next message on `topic` for which `when` holds; those before it are dropped."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            message = self._arrived[topic].get(timeout=max(0.01, deadline - time.monotonic()))
+            if when(message):
+                return message
+
+    # -- jobs, as the agent does them
+
+    def next_job(self) -> dict[str, Any] | None:
+        kind, answer = self.ask("jobs/$next/get", {"includeJobDocument": True})
+        assert kind == "accepted"
+        found: dict[str, Any] | None = answer.get("execution")
+        return found
+
+    def start(self, **more: Any) -> dict[str, Any] | None:
+        kind, answer = self.ask("jobs/start-next", more)
+        assert kind == "accepted"
+        found: dict[str, Any] | None = answer.get("execution")
+        return found
+
+    def update(self, job: str, status: str, **more: Any) -> tuple[str, dict[str, Any]]:
+        return self.ask(f"jobs/{job}/update", {"status": status, **more})
+
+
+@contextmanager
+def connected(fleet: Fleet, unit: Unit) -> Iterator[Device]:
+    device = Device(fleet, unit)
+    try:
+        device.open()
+        yield device
+    finally:
+        device.close()
