@@ -47,7 +47,7 @@ STEADY_STARTS: Final = 5
 NOTHING_TO_START: Final = 78
 
 #: A release: its version and the first 8 hex digits of its tar's sha256.
-NAME: Final = re.compile(r"[0-9][0-9A-Za-z.]{0,63}-[0-9a-f]{8}")
+NAME: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){1,3}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,10 @@ class Plan:
     safe_mode: bool = False
 
 
-def age(name: str) -> tuple[list[int], bool, str]:
-    """Sorts release names by version, a pre-release before its release."""
-    version, _, _ = name.rpartition("-")
-    numbers = re.match(r"[0-9]+(\.[0-9]+)*", version)
-    leading = numbers[0] if numbers else ""
-    return [int(number) for number in leading.split(".") if number], leading == version, name
+def age(name: str) -> tuple[list[int], str]:
+    """Sorts the names of releases by version."""
+    version, _, _ = name.partition("-")
+    return [int(number) for number in version.split(".")], name
 
 
 def decide(

@@ -44,23 +44,9 @@ _BLOCK: Final = 512
 _PIECE: Final = 256 << 10
 _END: Final = bytes(2 * _BLOCK)
 
-_VERSION: Final = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})(?:(a|b|rc|\.dev)([0-9]{1,6}))?")
+_VERSION: Final = re.compile(r"(?:0|[1-9][0-9]{0,5})(?:\.(?:0|[1-9][0-9]{0,5})){1,3}")
 _PYTHON: Final = re.compile(r"3\.[0-9]{1,3}")
 _WORD: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z,._+-]{0,127}")
-_PHASES: Final = {".dev": 0, "a": 1, "b": 2, "rc": 3, None: 4}
-
-
-def version_key(version: str) -> tuple[int, ...]:
-    """Sorts versions like 1.2.0, 1.2.0rc1, 1.2.0.dev3 (a subset of PEP 440) by age.
-
-    Raises:
-        ValueError: it is no such version.
-    """
-    match = _VERSION.fullmatch(version)
-    if not match:
-        raise ValueError(f"{version!r} is no version like 1.2.0 or 1.2.0rc1")
-    major, minor, patch, phase, number = match.groups()
-    return int(major), int(minor), int(patch), _PHASES[phase], int(number or 0)
 
 
 def release_name(version: str, sha256: str) -> str:
