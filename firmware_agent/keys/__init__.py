@@ -4,9 +4,13 @@ One file per place: `file_key` keeps it in a file that the agent alone may read,
 uses is fixed by its image or, with `probe-once`, by what the unit found when it was first asked: that finding is
 written down before a key exists and never changes, so a TPM that breaks later stops the unit instead of making a weaker
 key.
+
+A unit has one key, but while its certificate is rotated two: each lies in a slot of its own, whose name its certificate
+set carries (`identity.Identity.slot`). The key of the factory is in the slot "".
 """
 
-from typing import Any, Literal, Protocol
+import re
+from typing import Any, Final, Literal, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -18,6 +22,14 @@ from firmware_agent.keys.tpm_key import TpmKeys
 from firmware_agent.settings import Settings
 
 Grade = Literal["file", "tpm"]
+
+#: What a slot may be called; it becomes part of a file's name, or of a label in the TPM.
+_SLOT: Final = re.compile(r"(?:[0-9a-z]{1,32})?")
+
+
+def valid_slot(name: str) -> bool:
+    """Whether a slot can be called so."""
+    return _SLOT.fullmatch(name) is not None
 
 
 class DeviceKey(Protocol):
@@ -41,10 +53,10 @@ class DeviceKey(Protocol):
 
 
 class KeyStore(Protocol):
-    """A place for the device key."""
+    """A place for the device key, in slots that are `valid_slot`s."""
 
-    def ensure(self) -> DeviceKey:
-        """The key, made now if there was none; durable before this returns.
+    def ensure(self, slot: str = "") -> DeviceKey:
+        """The key in `slot`, made now if there was none; durable before this returns.
 
         Raises:
             NoTpm: the place is a TPM and none is usable.
@@ -52,13 +64,31 @@ class KeyStore(Protocol):
         """
         ...
 
-    def load(self) -> DeviceKey:
+    def load(self, slot: str = "") -> DeviceKey:
         """The key that was made before.
 
         Raises:
             WrongState: there is none yet.
             NoTpm: the place is a TPM and none is usable.
             KeyFault: what is there cannot be used.
+        """
+        ...
+
+    def remove(self, slot: str) -> None:
+        """Destroy the key in `slot`, for good; nothing when there is none.
+
+        Raises:
+            NoTpm: the place is a TPM and none is usable.
+            KeyFault: it cannot be removed.
+        """
+        ...
+
+    def slots(self) -> tuple[str, ...]:
+        """The slots that hold a key, or what is left of one.
+
+        Raises:
+            NoTpm: the place is a TPM and none is usable.
+            KeyFault: the place cannot be looked at.
         """
         ...
 

@@ -42,35 +42,57 @@ class FileKey:
 
 
 class FileKeys:
-    """The file that the key is in."""
+    """The files that keys are in: `key.pem` the factory's, `key-<slot>.pem` those that followed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def ensure(self) -> FileKey:
+    def ensure(self, slot: str = "") -> FileKey:
         """The key, made now if there was none."""
         try:
-            return self.load()
+            return self.load(slot)
         except WrongState:
-            files.write_atomic(self._path, _pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
-            return self.load()
+            files.write_atomic(self._file(slot), _pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
+            return self.load(slot)
 
-    def load(self) -> FileKey:
+    def load(self, slot: str = "") -> FileKey:
         """The key that was made before."""
+        path = self._file(slot)
         try:
-            pem = self._path.read_bytes()
+            pem = path.read_bytes()
         except FileNotFoundError as error:
             raise WrongState("this unit has no key yet; run enrol first") from error
         try:
             key = load_pem_private_key(pem, None)
         except (ValueError, TypeError) as error:
-            raise KeyFault(f"{self._path} holds no key: {error}; this unit must be flashed again") from error
+            raise KeyFault(f"{path} holds no key: {error}; this unit must be flashed again") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise KeyFault(f"{self._path} holds no P-256 key; this unit must be flashed again")
+            raise KeyFault(f"{path} holds no P-256 key; this unit must be flashed again")
         return FileKey(key)
+
+    def remove(self, slot: str) -> None:
+        """Unlink the key's file."""
+        path = self._file(slot)
+        try:
+            path.unlink()
+            files.sync_directory(path.parent)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise KeyFault(f"{path} cannot be removed: {error.strerror}") from error
+
+    def slots(self) -> tuple[str, ...]:
+        """By the names of the files."""
+        stem, suffix = self._path.stem, self._path.suffix
+        found = [""] if self._path.exists() else []
+        found += [path.stem.removeprefix(f"{stem}-") for path in self._path.parent.glob(f"{stem}-*{suffix}")]
+        return tuple(sorted(found))
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _file(self, slot: str) -> Path:
+        return self._path.with_name(f"{self._path.stem}-{slot}{self._path.suffix}") if slot else self._path
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -13,8 +13,9 @@ import ctypes
 import json
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,8 +111,9 @@ class TpmPrivateKey(ec.EllipticCurvePrivateKey):
 class TpmKey:
     """A key pair in the TPM, behind an open session."""
 
-    def __init__(self, settings: Tpm, pin: str, public: ec.EllipticCurvePublicKey, private: Any) -> None:
+    def __init__(self, settings: Tpm, label: str, pin: str, public: ec.EllipticCurvePublicKey, private: Any) -> None:
         self._settings = settings
+        self._label = label
         self._pin = pin
         self._public = public
         self._private = private
@@ -150,38 +152,83 @@ class TpmKey:
             ),
             user_pin=self._pin,
             token_label=self._settings.token,
-            private_key_label=self._settings.key,
+            private_key_label=self._label,
             cert_file_contents=chain,
         )
 
 
 class TpmKeys:
-    """The TPM as a key store."""
+    """The TPM as a key store. A slot is a label of its own in the one token: the connection selects by label."""
 
     def __init__(self, settings: Tpm, *, pin: Path, store: Path) -> None:
         self._settings = settings
         self._pin_file = pin
         self._store = store
         self._session: Any = None
-        self._key: TpmKey | None = None
+        self._keys: dict[str, TpmKey] = {}
+        self._lock = threading.RLock()  # one session, and a job may make a key while the product proves its own
 
-    def ensure(self) -> TpmKey:
+    def ensure(self, slot: str = "") -> TpmKey:
         """The key, made now if there was none."""
-        return self._open(create=True)
+        return self._open(slot, create=True)
 
-    def load(self) -> TpmKey:
+    def load(self, slot: str = "") -> TpmKey:
         """The key that was made before."""
-        return self._open(create=False)
+        return self._open(slot, create=False)
+
+    def remove(self, slot: str) -> None:
+        """Destroy the objects labelled so: both halves, or the one that a crash has left."""
+        with self._opened(create=False) as session:
+            if session is None:
+                return
+            self._keys.pop(slot, None)
+            private, public = self._halves(session, slot)
+            for one in (*private, *public):
+                one.destroy()
+
+    def slots(self) -> tuple[str, ...]:
+        """By the labels of the private keys and of lone public ones."""
+        from pkcs11 import Attribute, ObjectClass  # noqa: PLC0415 - only where a TPM is used
+
+        with self._opened(create=False) as session:
+            if session is None:
+                return ()
+            labels = {
+                str(one[Attribute.LABEL])
+                for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
+                for one in session.get_objects({Attribute.CLASS: kind})
+            }
+        first = self._settings.key
+        found = [label.removeprefix(f"{first}-") for label in labels if label.startswith(f"{first}-")]
+        return tuple(sorted([*found, *([""] if first in labels else [])]))
 
     def close(self) -> None:
         """Log out."""
         if self._session is not None:
             self._session.close()
-        self._session = self._key = None
+        self._session = None
+        self._keys.clear()
 
-    def _open(self, *, create: bool) -> TpmKey:
-        if self._key is not None:
-            return self._key
+    def _open(self, slot: str, *, create: bool) -> TpmKey:
+        with self._lock:
+            if slot in self._keys:
+                return self._keys[slot]
+        with self._opened(create=create) as session:
+            found = self._keys.get(slot)
+            if session is not None and found is None:
+                found = self._find(session, slot) or (self._generate(session, slot) if create else None)
+        if found is None:
+            raise WrongState("this unit has no key yet; run enrol first")
+        self._keys[slot] = found
+        return found
+
+    @contextmanager
+    def _opened(self, *, create: bool) -> Iterator[Any]:
+        """The session on our token, opened at the first use; None when there is no token and none is to be made."""
+        with self._lock:
+            yield from self._open_session(create=create)
+
+    def _open_session(self, *, create: bool) -> Iterator[Any]:
         if not tpm.present(self._settings.tcti):
             raise NoTpm(
                 f"this unit is configured for a TPM and none answers at {self._settings.tcti}; "
@@ -196,13 +243,10 @@ class TpmKeys:
             library = pkcs11.lib(str(self._settings.module))
             if self._session is None:
                 self._session = self._login(library, create=create)
-            self._key = self._find(self._session) or (self._generate(self._session) if create else None)
+            yield self._session
         except (pkcs11.PKCS11Error, RuntimeError) as error:
             self.close()
             raise KeyFault(f"the TPM's token {self._settings.token!r} cannot be used: {_name(error)}") from error
-        if self._key is None:
-            raise WrongState("this unit has no key yet; run enrol first")
-        return self._key
 
     def _pins(self) -> dict[str, str]:
         """User and security officer PIN, made before the token that they open."""
@@ -212,14 +256,17 @@ class TpmKeys:
             files.write_atomic(self._pin_file, json.dumps(pins).encode(), 0o600)
         return {"user": str(pins["user"]), "officer": str(pins["officer"])}
 
+    def _label(self, slot: str) -> str:
+        return f"{self._settings.key}-{slot}" if slot else self._settings.key
+
     def _login(self, library: Any, *, create: bool) -> Any:
-        """An open session on our token, which is initialised where `create` allows it."""
+        """An open session on our token, which is initialised where `create` allows it, else None without a token."""
         import pkcs11  # noqa: PLC0415 - only where a TPM is used
 
         token = self._token(library)
         if token is None:
             if not create:
-                raise WrongState("this unit has no key yet; run enrol first")
+                return None
             self._initialise(library)
             token = self._token(library)
             if token is None:
@@ -260,28 +307,32 @@ class TpmKeys:
         with self._token(library).open(rw=True, so_pin=pins["officer"]) as session:
             session.init_pin(pins["user"])
 
-    def _find(self, session: Any) -> TpmKey | None:
+    def _halves(self, session: Any, slot: str) -> tuple[list[Any], list[Any]]:
+        """The private and the public objects of a slot."""
         from pkcs11 import Attribute, ObjectClass  # noqa: PLC0415 - only where a TPM is used
 
         def objects(kind: Any) -> list[Any]:
-            template = {Attribute.CLASS: kind, Attribute.LABEL: self._settings.key}
-            return list(session.get_objects(template))
+            return list(session.get_objects({Attribute.CLASS: kind, Attribute.LABEL: self._label(slot)}))
 
-        private = objects(ObjectClass.PRIVATE_KEY)
-        public = objects(ObjectClass.PUBLIC_KEY)
+        return objects(ObjectClass.PRIVATE_KEY), objects(ObjectClass.PUBLIC_KEY)
+
+    def _find(self, session: Any, slot: str) -> TpmKey | None:
+        from pkcs11 import Attribute  # noqa: PLC0415 - only where a TPM is used
+
+        private, public = self._halves(session, slot)
         if not private:
             return None
         if len(private) != 1 or len(public) != 1:
             raise KeyFault(
                 f"the TPM's token holds {len(private)} private and {len(public)} public keys labelled "
-                f"{self._settings.key!r}, not one of each; the connection selects by label only",
+                f"{self._label(slot)!r}, not one of each; the connection selects by label only",
             )
         point = bytes(public[0][Attribute.EC_POINT])
         point = point[2:] if point[:2] == b"\x04\x41" else point  # an OCTET STRING around the point, in most modules
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)
-        return TpmKey(self._settings, self._pins()["user"], key, private[0])
+        return TpmKey(self._settings, self._label(slot), self._pins()["user"], key, private[0])
 
-    def _generate(self, session: Any) -> TpmKey | None:
+    def _generate(self, session: Any, slot: str) -> TpmKey | None:
         from pkcs11 import Attribute, KeyType  # noqa: PLC0415 - only where a TPM is used
         from pkcs11.constants import DEFAULT  # noqa: PLC0415
         from pkcs11.util.ec import encode_named_curve_parameters  # noqa: PLC0415
@@ -295,8 +346,8 @@ class TpmKeys:
         # python-pkcs11's own templates are emptied of them.
         parameters.generate_keypair(
             store=True,
-            label=self._settings.key,
-            id=self._settings.key.encode(),
+            label=self._label(slot),
+            id=self._label(slot).encode(),
             capabilities=0,
             public_template={Attribute.ENCRYPT: DEFAULT, Attribute.WRAP: DEFAULT, Attribute.VERIFY: True},
             private_template={
@@ -308,7 +359,7 @@ class TpmKeys:
                 Attribute.EXTRACTABLE: False,
             },
         )
-        return self._find(session)
+        return self._find(session, slot)
 
 
 def _name(error: Exception) -> str:

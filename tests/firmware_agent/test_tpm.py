@@ -185,6 +185,47 @@ def test_a_crash_between_token_and_pin_is_made_good(unit: Unit, monkeypatch: pyt
     keys.close()
 
 
+def test_keys_in_slots_of_their_own_are_found_and_removed_apart(unit: Unit) -> None:
+    keys = keys_of(unit)
+    first = keys.ensure().public_key()
+    keys.close()  # a TPM without a resource manager, as here, holds no two loaded keys
+    second = keys.ensure("a1").public_key()
+    both = keys.slots()
+    keys.close()
+    found = (keys.load().public_key(), keys.load("a1").public_key())
+    keys.remove("")
+    keys.remove("")  # what is gone is gone
+
+    assert (both, found) == (("", "a1"), (first, second))
+    assert first != second
+    assert keys.slots() == ("a1",)
+    signature = keys.load("a1").sign(b"data")
+    second.verify(signature, b"data", ec.ECDSA(hashes.SHA256()))
+    with pytest.raises(WrongState):
+        keys.load()
+    keys.close()
+
+
+def test_what_a_crash_left_of_a_key_is_removed(tmp_path: Path) -> None:
+    import pkcs11  # noqa: PLC0415
+
+    with swtpm(tmp_path / "tpm") as tcti:
+        keys = keys_of(make(tmp_path / "unit", tcti))
+        keys.ensure("a1")
+        (public,) = keys._session.get_objects({pkcs11.Attribute.CLASS: pkcs11.ObjectClass.PUBLIC_KEY})
+        public.destroy()
+        keys.close()
+    with swtpm(tmp_path / "tpm") as tcti:
+        keys = keys_of(make(tmp_path / "unit", tcti))
+        with pytest.raises(KeyFault, match="1 private and 0 public"):
+            keys.load("a1")
+        left = keys.slots()
+        keys.remove("a1")
+        assert (left, keys.slots()) == (("a1",), ())
+        assert keys.ensure("a1").sign(b"data")
+        keys.close()
+
+
 def test_two_keys_of_one_name_are_refused(unit: Unit) -> None:
     import pkcs11  # noqa: PLC0415
 
@@ -195,7 +236,7 @@ def test_two_keys_of_one_name_are_refused(unit: Unit) -> None:
         keys._login(pkcs11.lib(str(PKCS11_MODULES[0])), create=False) as session,
         pytest.raises(KeyFault, match="2 private and 2 public"),
     ):
-        keys._generate(session)
+        keys._generate(session, "")
     with pytest.raises(KeyFault, match="2 private and 2 public"):
         keys.load()
 
