@@ -1,6 +1,6 @@
 """The one table of what is measured. The targets are for two cores."""
 
-from bench import boards, building, flashing, units
+from bench import agent, boards, building, flashing, units
 from bench.figures import Measurement, Target
 
 MEASUREMENTS = (
@@ -60,5 +60,45 @@ MEASUREMENTS = (
         peer="a bare MQTT client's publish to SMS",
         target=Target(1.0),
         run=units.edge_to_sms,
+    ),
+    Measurement(
+        name="agent-memory",
+        what="resident memory of the connected agent",
+        peer="a sample on AWS's SDK, with MotionSensor",
+        target=Target(40.0),
+        run=agent.memory,
+        unit="MB",
+    ),
+    Measurement(
+        name="agent-idle-cpu",
+        what="processor time of the idle agent",
+        peer="a sample on AWS's SDK, with MotionSensor",
+        target=Target(0.3),
+        run=agent.idle_processor,
+        unit="%",
+    ),
+    Measurement(
+        name="edge-to-publish",
+        what="PIR edge to PUBLISH on the wire, p99",
+        peer="MotionSensor and AWS's SDK, nothing kept",
+        target=Target(5.0),
+        run=agent.edge_to_publish,
+        unit="ms",
+    ),
+    Measurement(
+        name="spool-drain",
+        what="10,000 spooled alarms, to the last PUBACK",
+        peer="10,000 publishes from memory by AWS's SDK",
+        target=Target(60.0),
+        run=agent.drain,
+    ),
+    Measurement(
+        name="idle-bytes",
+        what="bytes on the wire in an idle day",
+        peer="a sample on AWS's SDK: pings only",
+        target=Target(2000.0),
+        run=agent.idle_bytes,
+        unit="kB",
+        slow=True,
     ),
 )

@@ -1,0 +1,221 @@
+"""The agent in the field, and its peer: each a process of its own, behind a meter, at a mosquitto of its own."""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from bench.figures import NotMeasuredError
+from bench.meter import Meter
+from bench.tools import ROOT, program
+from factory.drivers.gpio_server import GpioServer
+from firmware_agent import identity, keys
+from firmware_agent.board import RaspberryPi
+from firmware_agent.identity import Identity
+from firmware_agent.settings import Settings, load
+from tests.firmware_agent.support import SERIAL, Broker, Ca, pem, pem_key
+
+LINE = 17
+LABEL = "bench-gpio"
+START_SECONDS = 60.0
+
+_SETTINGS = """\
+[image]
+name = "bench"
+version = "0.1.0"
+[key]
+store = "file"
+[tpm]
+tcti = ""
+[gpio]
+driver = "unix:{folder}/gpio"
+[pir]
+warm_up_seconds = 0
+blocked_seconds = 0
+[pir.lines]
+"{label}" = {line}
+[tuning]
+quiet_seconds = 0
+[mqtt]
+publishes_per_second = {rate}
+[paths]
+state = "{folder}/state"
+run = "{folder}/run"
+releases = "{folder}/releases"
+"""
+
+
+class Device(ABC):
+    """A process that watches a PIR and publishes."""
+
+    def __init__(self, process: "subprocess.Popen[str]", meter: Meter) -> None:
+        self.process = process
+        self.meter = meter
+
+    @abstractmethod
+    def drive(self, *, high: bool) -> None:
+        """Set the level of the PIR's line."""
+
+    def edge_to_wire(self) -> float:
+        """Seconds from a rising edge until the first bytes of its PUBLISH are on the wire."""
+        began = time.monotonic()
+        self.drive(high=True)
+        return self.meter.wait_sent(began, least=150, seconds=10.0) - began
+
+    def memory(self) -> float:
+        """Resident memory in MB (10^6 bytes): Rss of /proc/PID/smaps_rollup, pages shared with others included."""
+        for line in Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Rss:"):
+                return int(line.split()[1]) * 1024 / 1e6
+        raise RuntimeError("the kernel tells no Rss")
+
+    def processor_seconds(self) -> float:
+        """Processor time so far, of user and system together."""
+        after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")  # proc(5): utime, stime
+
+
+class _Agent(Device):
+    def __init__(self, process: "subprocess.Popen[str]", meter: Meter, gpio: GpioServer) -> None:
+        super().__init__(process, meter)
+        self._gpio = gpio
+
+    def drive(self, *, high: bool) -> None:
+        self._gpio.drive(LINE, high=high)
+
+
+class Sample(Device):
+    """The SDK's sample."""
+
+    def flood(self, count: int) -> None:
+        """Have it publish so often at once, and wait until the last is acknowledged."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"flood {count}\n")
+        self.process.stdin.flush()
+        if self.process.stdout.readline().strip() != "flooded":
+            raise RuntimeError("the SDK's sample did not publish all")
+
+    def drive(self, *, high: bool) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("1\n" if high else "0\n")
+        self.process.stdin.flush()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A broker with its CA; agents and samples are put there one at a time."""
+
+    folder: Path
+    broker: Broker
+    meter: Meter
+
+    def settings(self, *, rate: int = 90) -> Settings:
+        """The agent's settings and identity, made now; its state is empty but for these."""
+        for name in ("state", "run"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        text = _SETTINGS.format(folder=self.folder, label=LABEL, line=LINE, rate=rate)
+        (self.folder / "agent.toml").write_text(text)
+        settings = load(self.folder / "agent.toml")
+        store = keys.open_store(settings)
+        public = store.ensure().public_key()
+        store.close()
+        ca = self.broker.ca
+        leaf = ca.leaf(public, board=RaspberryPi().facts().serial)
+        chain = pem(leaf) + pem(ca.certificate)
+        found = Identity(SERIAL, chain, pem(ca.certificate), "localhost", self.meter.port, "WO-1")
+        identity.install(settings.paths.identity, found)
+        return settings
+
+    @contextmanager
+    def agent(self) -> Iterator[Device]:
+        """Our agent, connected; `settings` was called before."""
+        with ExitStack() as stack:
+            gpio = GpioServer(self.folder / "gpio", LABEL, frozenset({LINE}))
+            stack.callback(gpio.close)
+            arguments = ["-m", "firmware_agent", "--settings", str(self.folder / "agent.toml"), "run"]
+            process = stack.enter_context(_running(arguments, self.folder / "agent.log"))
+            self.broker.next("hello", START_SECONDS)
+            yield _Agent(process, self.meter, gpio)
+
+    @contextmanager
+    def sample(self) -> Iterator[Sample]:
+        """The SDK's sample, connected."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        ca = self.broker.ca
+        files = {"trust": pem(ca.certificate), "certificate": pem(ca.leaf(key.public_key())), "key": pem_key(key)}
+        for name, text in files.items():
+            (self.folder / name).write_text(text)
+        arguments = ["bench/sdk_sample.py", "localhost", str(self.meter.port)]
+        arguments += [str(self.folder / name) for name in files] + [SERIAL]
+        with _running(arguments, self.folder / "sample.log") as process:
+            assert process.stdout is not None
+            if _first_line(process.stdout) != "connected":
+                raise RuntimeError(
+                    "the SDK's sample did not connect: " + (self.folder / "sample.log").read_text()[-500:]
+                )
+            yield Sample(process, self.meter)
+
+
+def _first_line(stream: IO[str]) -> str:
+    """A process's first line, or nothing after a while."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=lambda: lines.put(stream.readline()), daemon=True).start()
+    try:
+        return lines.get(timeout=START_SECONDS).strip()
+    except queue.Empty:
+        return ""
+
+
+@contextmanager
+def _running(arguments: list[str], log: Path) -> Iterator["subprocess.Popen[str]"]:
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+@contextmanager
+def open_site(folder: Path) -> Iterator[Site]:
+    """A broker behind a meter.
+
+    Raises:
+        NotMeasuredError: mosquitto is not installed.
+    """
+    if program("mosquitto") is None:
+        raise NotMeasuredError("mosquitto is not installed; `make setup` installs it")
+    broker = Broker(Ca(), folder / "broker")
+    broker.start()
+    try:
+        with Meter(broker.port) as meter:
+            yield Site(folder, broker, meter)
+    finally:
+        broker.stop()
