@@ -5,6 +5,7 @@ CloudError
 ├── CloudMisconfigured    it answers and says no: credentials, stack, name  -> somebody changes a setting
 │   ├── DeployError       CloudFormation gave up on a resource
 │   └── StackMissingError      nothing is deployed there
+├── RepositoryFault       the update repository, a release or a key is not as it must be -> what the message says
 └── LocalCloudError       the local cloud cannot start or is not what we pinned
 """
 
@@ -31,3 +32,7 @@ class DeployError(CloudMisconfigured):
 
 class LocalCloudError(CloudError):
     """The local cloud cannot start, or is not the one that was pinned."""
+
+
+class RepositoryFault(CloudError):
+    """The update repository, a release for it, or a key is not as it must be; the message says what to do."""

@@ -1,0 +1,781 @@
+"""The update repository on disk: which releases there are, signed so that units can believe it (TUF).
+
+    <repository>/metadata/   what units fetch: N.root.json, N.<role>.json, timestamp.json      (served)
+    <repository>/targets/    what they download, named by digest: agent/<sha256>.<file>         (served)
+    <repository>/staged/     new metadata that wait for signatures                              (not served)
+
+Roles, for a product called `picket`:
+
+    root            2 of 3 holders, offline   says which keys the others have
+    targets         2 of 3 holders, offline   delegates; says which units are canaries
+    picket          2 of 3 holders, offline   agent/picket-*, os/picket-*                 what all units may run
+    picket-canary   1 key, where releases are built   agent/canary/picket-*, os/canary/picket-*   for canaries only
+    snapshot, timestamp   online              say what is newest
+
+A change is staged, signed by as many as it takes (each brings a key, nobody needs two), and published. Publishing
+writes what is referred to before what refers to it, `timestamp.json` last; cut anywhere, the repository is the old one
+or the new one, and publishing again completes it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, TypeVar, cast
+
+from securesystemslib.signer import Key, Signer
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from cloud.errors import RepositoryFault
+
+_S = TypeVar("_S", bound=Signed)
+
+#: How long each kind of metadata is good for, in days. A unit that was off for longer than the timestamp's just
+#: fetches a new one; the period is how long a thief of the mirror can hide a new release from a unit.
+DAYS: Final[Mapping[str, int]] = MappingProxyType({"root": 365, "targets": 90, "snapshot": 30, "timestamp": 7})
+_DELEGATED_DAYS: Final = 90
+
+#: Which of their keys are kept offline by the holders, and how many must sign.
+HOLDERS: Final = 3
+THRESHOLD: Final = 2
+
+ONLINE: Final = ("snapshot", "timestamp")
+
+#: Field of the canaries' delegation: the serials that it is for. Units know it by this name.
+UNITS_FIELD: Final = "x-picket-units"
+#: Field of a key: who holds it.
+HOLDER_FIELD: Final = "x-picket-holder"
+
+RINGS: Final = ("canary", "main")
+
+#: Releases that a ring keeps listed: the newest, and some to go back to. Each costs every unit about a kilobyte.
+KEEP: Final = 3
+
+
+@dataclass(frozen=True)
+class Signing:
+    """How far the signatures of staged metadata are.
+
+    Attributes:
+        role: whose metadata.
+        version: that waits.
+        missing: signatures that are still needed; 0 means ready to be published.
+        waiting_for: holders whose key could sign and has not.
+    """
+
+    role: str
+    version: int
+    missing: int
+    waiting_for: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return f"{self.role} {self.version}: all signatures are there"
+        return f"{self.role} {self.version}: {self.missing} more of {', '.join(self.waiting_for)}"
+
+
+@dataclass(frozen=True)
+class RoleStatus:
+    """A role as it is in force."""
+
+    role: str
+    version: int
+    expires: datetime
+    threshold: int
+    holders: tuple[str, ...]
+
+    def days_left(self, now: datetime) -> float:
+        """Until it expires; negative afterwards."""
+        return (self.expires - now) / timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that a ring lists.
+
+    Attributes:
+        path: its target path, for the job document.
+        ring: `canary` or `main`.
+        product: for which it is.
+        version: its own.
+        security_version: the floor that units take from it.
+        length: of the archive, in bytes.
+        tar_sha256: its identity.
+        deltas: target paths of the deltas that lead to it, by the tar digest that they start from.
+        files: target path to the file's place under the repository, the archive and the deltas.
+    """
+
+    path: str
+    ring: str
+    product: str
+    version: str
+    security_version: int
+    length: int
+    tar_sha256: str
+    deltas: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file that units fetch.
+
+    Attributes:
+        name: path under the repository, and under the base URL.
+        file: where it lies.
+        immutable: its content never changes under this name; all but `metadata/timestamp.json`.
+    """
+
+    name: str
+    file: Path
+    immutable: bool
+
+
+# --- pure: what metadata are like ---------------------------------------------------------------------------------
+
+
+def delegations(product: str) -> dict[str, tuple[str, ...]]:
+    """The roles of a product, and the paths that each may sign. A `*` never matches a slash, so none overlap."""
+    return {
+        product: (f"agent/{product}-*", f"os/{product}-*"),
+        canary_role(product): (f"agent/canary/{product}-*", f"os/canary/{product}-*"),
+    }
+
+
+def canary_role(product: str) -> str:
+    """The role that signs for a product's canaries."""
+    return f"{product}-canary"
+
+
+def expiry(role: str, now: datetime) -> datetime:
+    """When metadata that are signed now expire."""
+    return (now + timedelta(days=DAYS.get(role, _DELEGATED_DAYS))).replace(microsecond=0)
+
+
+def new_root(keys: Mapping[str, Sequence[Key]], now: datetime) -> Root:
+    """The first root: `keys` has one entry for each of the four top-level roles."""
+    root = Root(version=1, expires=expiry("root", now), consistent_snapshot=True)
+    for role in ("root", "targets", *ONLINE):
+        for key in keys[role]:
+            root.add_key(key, role)
+        root.roles[role].threshold = min(THRESHOLD, len(keys[role]))
+    return root
+
+
+def new_targets(product: str, keys: Mapping[str, Sequence[Key]], now: datetime) -> Targets:
+    """The first targets: no files, only the delegations of a product."""
+    roles = {}
+    for name, paths in delegations(product).items():
+        extra: dict[str, Any] = {UNITS_FIELD: []} if name == canary_role(product) else {}
+        threshold = min(THRESHOLD, len(keys[name]))
+        roles[name] = DelegatedRole(name, [], threshold, terminating=True, paths=list(paths), unrecognized_fields=extra)
+    targets = Targets(version=1, expires=expiry("targets", now), delegations=Delegations({}, roles))
+    for name in roles:
+        for key in keys[name]:
+            targets.add_key(key, name)
+    return targets
+
+
+def target_path(kind: str, ring: str, file: str) -> str:
+    """Where a file of a release is in a ring."""
+    return f"{kind}/canary/{file}" if ring == "canary" else f"{kind}/{file}"
+
+
+def stored_name(path: str, sha256: str) -> str:
+    """Where a target's file is under the repository: named by its digest, so that it never changes (TUF 6.2)."""
+    folder, _, name = path.rpartition("/")
+    return f"targets/{folder}/{sha256}.{name}"
+
+
+def describe(release: Mapping[str, Any], ring: str) -> dict[str, tuple[Mapping[str, Any], dict[str, Any]]]:
+    """What is signed about a release: target path to (file entry of the description, `custom`)."""
+    kind, archive = release["kind"], release["archive"]
+    path = target_path(kind, ring, archive["file"])
+    found = {}
+    hints = []
+    for delta in release["deltas"]:
+        delta_path = target_path(kind, ring, delta["file"])
+        hints.append({"from": delta["from"], "target": delta_path})
+        found[delta_path] = (delta, {key: delta[key] for key in ("from", "to", "chunk_bytes", "chunks")})
+    custom = {key: release[key] for key in ("product", "version", "security_version", "hardware", "min_from")}
+    custom |= {key: archive[key] for key in ("tar_sha256", "tar_size", "chunk_bytes", "chunks")}
+    return {path: (archive, {**custom, "deltas": hints}), **found}
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """A version as numbers to sort by."""
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+# --- the repository on disk ---------------------------------------------------------------------------------------
+
+
+class Repository:
+    """An update repository in a directory.
+
+    Raises:
+        RepositoryFault: there is none in that directory.
+    """
+
+    def __init__(self, directory: Path, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self.directory = directory
+        self._clock = clock
+        if not any(self._staged_or_served("root")):
+            raise RepositoryFault(f"{directory} holds no update repository; `python -m cloud keys init` makes one")
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        product: str,
+        keys: Mapping[str, Sequence[Key]],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> "Repository":
+        """A new repository whose first metadata are staged; they want signatures, and `publish`.
+
+        Args:
+            directory: must not hold a repository.
+            product: whose releases it is for.
+            keys: public keys of `root`, `targets`, `snapshot`, `timestamp`, the product and its canaries.
+            clock: what time it is.
+
+        Raises:
+            RepositoryFault: there is one already.
+        """
+        if (directory / "metadata").exists() or (directory / "staged").exists():
+            raise RepositoryFault(f"there is an update repository in {directory} already")
+        now = clock()
+        (directory / "staged").mkdir(parents=True)
+        targets = new_targets(product, keys, now)
+        for name in delegations(product):
+            _write(directory / "staged" / f"{name}.json", Metadata(Targets(version=1, expires=expiry(name, now))))
+        _write(directory / "staged" / "targets.json", Metadata(targets))
+        _write(directory / "staged" / "root.json", Metadata(new_root(keys, now)))
+        return cls(directory, clock)
+
+    # --- reading
+
+    @property
+    def product(self) -> str:
+        """The product that the repository is for."""
+        canary = next(name for name in self._delegated() if name.endswith("-canary"))
+        return canary.removesuffix("-canary")
+
+    def in_force(self, role: str) -> Metadata[Any] | None:
+        """A role's metadata as units see them, or None before they were first published."""
+        if role == "root":
+            numbers = [int(path.name.partition(".")[0]) for path in self._metadata.glob("*.root.json")]
+            return _read(self._metadata / f"{max(numbers)}.root.json") if numbers else None
+        timestamp = _read_maybe(self._metadata / "timestamp.json")
+        if timestamp is None or role == "timestamp":
+            return timestamp
+        snapshot = _read(self._metadata / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
+        if role == "snapshot":
+            return snapshot
+        entry = snapshot.signed.meta.get(f"{role}.json")
+        return _read(self._metadata / f"{entry.version}.{role}.json") if entry else None
+
+    def staged(self, role: str) -> Metadata[Any] | None:
+        """A role's metadata that wait for signatures, or None."""
+        return _read_maybe(self.directory / "staged" / f"{role}.json")
+
+    def staged_roles(self) -> tuple[str, ...]:
+        """The roles with something staged, in the order in which they depend on each other."""
+        return tuple(role for role in ("root", "targets", *self._delegated()) if self.staged(role) is not None)
+
+    def signing(self, role: str) -> Signing:
+        """How far the signatures of what is staged for a role are.
+
+        Raises:
+            RepositoryFault: nothing is staged for it.
+        """
+        metadata = self._must_be_staged(role)
+        missing, waiting = 0, dict[str, Key]()
+        for delegator in self._delegators(role):
+            result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+            missing = max(missing, result.threshold - len(result.signed))
+            waiting |= result.unsigned
+        names = tuple(sorted({_holder(key) for key in waiting.values()}))
+        return Signing(role, metadata.signed.version, max(missing, 0), names if missing > 0 else ())
+
+    def status(self) -> list[RoleStatus]:
+        """All roles in force; none before the first publication."""
+        root, targets = self.in_force("root"), self.in_force("targets")
+        if root is None or targets is None:
+            return []
+        found = []
+        for role in ("root", "targets", *self._delegated(), *ONLINE):
+            metadata = self.in_force(role)
+            if metadata is None:
+                continue
+            delegator: Root | Targets = root.signed if role in root.signed.roles else targets.signed
+            entry, keys = _role_and_keys(delegator, role)
+            holders = tuple(sorted(_holder(key) for key in keys))
+            found.append(RoleStatus(role, metadata.signed.version, metadata.signed.expires, entry.threshold, holders))
+        return found
+
+    def due(self) -> tuple[str, ...]:
+        """The roles whose metadata have spent half of their time."""
+        return tuple(
+            status.role
+            for status in self.status()
+            if self._is_half_spent(cast("Metadata[Any]", self.in_force(status.role)).signed, status.role)
+        )
+
+    def releases(self, ring: str | None = None) -> list[Release]:
+        """The releases that units can be sent, the newest first; `ring` leaves the other one out."""
+        found = []
+        for name in RINGS if ring is None else (ring,):
+            metadata = self.in_force(self._role_of(name))
+            if metadata is not None:
+                found += _listed(metadata.signed, name)
+        return sorted(found, key=lambda release: version_key(release.version), reverse=True)
+
+    def canaries(self) -> tuple[str, ...]:
+        """The serials that the canaries' releases are for, as they will be after what is staged."""
+        units = _role_and_keys(self._newest("targets").signed, canary_role(self.product))[0].unrecognized_fields
+        return tuple(units.get(UNITS_FIELD, ()))
+
+    def files_to_publish(self) -> list[Published]:
+        """All that units need, in the order in which it can safely be copied to where they fetch it.
+
+        Every file but the last is immutable, so a copy that ends early leaves units with what they had.
+
+        Raises:
+            RepositoryFault: nothing was published yet.
+        """
+        timestamp, snapshot = self.in_force("timestamp"), self.in_force("snapshot")
+        if timestamp is None or snapshot is None:
+            raise RepositoryFault("nothing is published yet: sign what is staged, then `python -m cloud keys publish`")
+        names = [stored for release in self.releases() for stored in release.files.values()]
+        roles = sorted(snapshot.signed.meta, key=lambda file: file == "targets.json")
+        names += [f"metadata/{snapshot.signed.meta[file].version}.{file}" for file in roles]
+        names.append(f"metadata/{snapshot.signed.version}.snapshot.json")
+        roots = sorted(self._metadata.glob("*.root.json"), key=lambda path: int(path.name.partition(".")[0]))
+        names += [f"metadata/{path.name}" for path in roots]
+        unique = dict.fromkeys(names)
+        return [
+            *(Published(name, self.directory / name, immutable=True) for name in unique),
+            Published("metadata/timestamp.json", self._metadata / "timestamp.json", immutable=False),
+        ]
+
+    # --- changing; everything is staged first
+
+    def add(self, description: Path, ring: str, keep: int = KEEP) -> str:
+        """Copy a built release into the repository and stage its listing.
+
+        Args:
+            description: `release.json` of `python -m image release`; its files lie beside it.
+            ring: `canary` or `main`.
+            keep: how many releases the ring lists afterwards; the oldest others leave with their deltas.
+
+        Returns:
+            Its target path.
+
+        Raises:
+            RepositoryFault: the description or its files are not what they should be, or it is another product's.
+        """
+        try:
+            release = _description(description)
+            if release["product"] != self.product:
+                raise RepositoryFault(f"{description} is a release of {release['product']}, not of {self.product}")
+            targets = describe(release, ring)
+        except (KeyError, TypeError) as error:
+            raise RepositoryFault(f"{description} describes no release: {error} is missing or malformed") from error
+        role = self._role_of(ring)
+        with self._locked():
+            for path, (entry, _) in targets.items():
+                _copy(description.parent / entry["file"], self.directory / stored_name(path, entry["sha256"]), entry)
+            with self._edit(role, Targets) as signed:
+                _unlist(signed, release["version"])
+                for path, (entry, custom) in targets.items():
+                    extra = {"custom": custom}
+                    signed.targets[path] = TargetFile(entry["length"], {"sha256": entry["sha256"]}, path, extra)
+                _keep(signed, release["version"], keep)
+        return next(iter(targets))
+
+    def promote(self, version: str) -> str:
+        """Stage the canaries' release for all units: the same bits, listed by the product's role.
+
+        Returns:
+            Its target path.
+
+        Raises:
+            RepositoryFault: the canaries have no such release.
+        """
+        source = next((release for release in self.releases("canary") if release.version == version), None)
+        canary = self.in_force(canary_role(self.product))
+        if source is None or canary is None:
+            raise RepositoryFault(f"the canaries have no release {version}")
+        with self._locked(), self._edit(self.product, Targets) as signed:
+            _unlist(signed, version)
+            for path, stored in source.files.items():
+                target = canary.signed.targets[path]
+                to = path.replace("/canary/", "/", 1)
+                entry = {"length": target.length, "sha256": target.hashes["sha256"]}
+                _copy(self.directory / stored, self.directory / stored_name(to, entry["sha256"]), entry)
+                custom = json.loads(json.dumps(target.custom))
+                for hint in custom.get("deltas", ()):
+                    hint["target"] = hint["target"].replace("/canary/", "/", 1)
+                signed.targets[to] = TargetFile(target.length, dict(target.hashes), to, {"custom": custom})
+            _keep(signed, version, KEEP)
+        return source.path.replace("/canary/", "/", 1)
+
+    def withdraw(self, version: str) -> tuple[str, ...]:
+        """Stage that a release is listed no more; units refuse it as soon as that is published.
+
+        Returns:
+            The roles that want signatures.
+
+        Raises:
+            RepositoryFault: no ring lists it.
+        """
+        rings = {release.ring for release in self.releases() if release.version == version}
+        if not rings:
+            raise RepositoryFault(f"no ring has a release {version}")
+        roles = tuple(self._role_of(ring) for ring in sorted(rings))
+        with self._locked():
+            for role in roles:
+                with self._edit(role, Targets) as signed:
+                    _unlist(signed, version)
+        return roles
+
+    def set_canaries(self, serials: Iterable[str]) -> None:
+        """Stage which units the canaries' releases are for."""
+        with self._locked(), self._edit("targets", Targets) as signed:
+            role = _role_and_keys(signed, canary_role(self.product))[0]
+            role.unrecognized_fields[UNITS_FIELD] = sorted(set(serials))
+
+    def replace_key(self, role: str, old: str, new: Key) -> tuple[str, ...]:
+        """Stage that a role's key is another from now on.
+
+        Args:
+            role: whose key.
+            old: key id of the one that goes.
+            new: public key of the one that comes.
+
+        Returns:
+            The offline roles that want signatures; online ones are signed anew by `publish`.
+
+        Raises:
+            RepositoryFault: the role has no such key.
+        """
+        parent = "targets" if role in self._delegated() else "root"
+        kind: type[Root | Targets] = Targets if parent == "targets" else Root
+        with self._locked():
+            with self._edit(parent, kind) as signed:
+                try:
+                    signed.revoke_key(old, role)
+                except ValueError:
+                    raise RepositoryFault(f"{role} has no key {old[:8]}") from None
+                signed.add_key(new, role)
+            if role in {"root", *ONLINE}:
+                return (parent,)
+            with self._edit(role, Targets):
+                pass  # the same content, to be signed by the new set of keys
+        return parent, role
+
+    def refresh(self, role: str) -> None:
+        """Stage an offline role's metadata once more, with a later date."""
+        with self._locked(), self._edit(role, Root if role == "root" else Targets):
+            pass
+
+    def sign(self, role: str, signers: Iterable[Signer]) -> Signing:
+        """Add the signatures of those signers whose key counts for what is staged; the others are passed over.
+
+        Raises:
+            RepositoryFault: nothing is staged for the role.
+        """
+        with self._locked():
+            metadata = self._must_be_staged(role)
+            accepted = {key.keyid for parent in self._delegators(role) for key in _role_and_keys(parent, role)[1]}
+            for signer in signers:
+                if signer.public_key.keyid in accepted:
+                    metadata.sign(signer, append=True)
+            _write(self.directory / "staged" / f"{role}.json", metadata)
+        return self.signing(role)
+
+    def publish(self, signers: Iterable[Signer]) -> tuple[str, ...]:
+        """Put in force what is staged and fully signed, under a new snapshot and timestamp.
+
+        Args:
+            signers: the online keys, among others.
+
+        Returns:
+            The roles whose new metadata are in force now.
+
+        Raises:
+            RepositoryFault: an online key is missing, or something that is staged depends on what is not signed yet.
+        """
+        with self._locked():
+            ready = tuple(role for role in self.staged_roles() if not self.signing(role).missing)
+            root = self._effective("root", ready)
+            targets = self._effective("targets", ready)
+            self._check_whole(root, targets, ready)
+            by_id = {signer.public_key.keyid: signer for signer in signers}
+            snapshot = self._next_snapshot(ready, root)
+            timestamp = self._next_timestamp(snapshot.signed.version)
+            _sign_online(snapshot, root, "snapshot", by_id)
+            _sign_online(timestamp, root, "timestamp", by_id)
+            for role in (*(role for role in ready if role != "root"), *(("root",) if "root" in ready else ())):
+                metadata = self._must_be_staged(role)
+                _write(self._metadata / f"{metadata.signed.version}.{role}.json", metadata)
+            _write(self._metadata / f"{snapshot.signed.version}.snapshot.json", snapshot)
+            _write(self._metadata / "timestamp.json", timestamp)
+            for role in ready:
+                (self.directory / "staged" / f"{role}.json").unlink()
+        return ready
+
+    # --- within
+
+    @property
+    def _metadata(self) -> Path:
+        return self.directory / "metadata"
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.directory / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _staged_or_served(self, role: str) -> tuple[bool, bool]:
+        served = any(self._metadata.glob(f"*.{role}.json"))
+        return (self.directory / "staged" / f"{role}.json").exists(), served
+
+    def _newest(self, role: str) -> Metadata[Any]:
+        metadata = self.staged(role) or self.in_force(role)
+        if metadata is None:
+            raise RepositoryFault(f"the repository in {self.directory} has no {role}")
+        return metadata
+
+    def _must_be_staged(self, role: str) -> Metadata[Any]:
+        metadata = self.staged(role)
+        if metadata is None:
+            waiting = ", ".join(self.staged_roles()) or "nothing"
+            raise RepositoryFault(f"nothing of {role} waits for signatures (waiting: {waiting})")
+        return metadata
+
+    def _delegated(self) -> tuple[str, ...]:
+        return tuple(self._newest("targets").signed.delegations.roles)
+
+    def _role_of(self, ring: str) -> str:
+        if ring not in RINGS:
+            raise RepositoryFault(f"there is no ring {ring!r}: say {' or '.join(RINGS)}")
+        return canary_role(self.product) if ring == "canary" else self.product
+
+    def _delegators(self, role: str) -> list[Root | Targets]:
+        """Who says which keys count for what is staged: a new root must satisfy the old one as well (TUF 5.3.4)."""
+        if role == "root":
+            old = self.in_force("root")
+            return [*([old.signed] if old else []), self._must_be_staged("root").signed]
+        return [self._newest("targets" if role in self._delegated() else "root").signed]
+
+    def _effective(self, role: str, ready: tuple[str, ...]) -> Metadata[Any]:
+        metadata = self.staged(role) if role in ready else self.in_force(role)
+        if metadata is None:
+            raise RepositoryFault(f"{self.signing(role)}; nothing can be published before")
+        return metadata
+
+    def _check_whole(self, root: Metadata[Any], targets: Metadata[Any], ready: tuple[str, ...]) -> None:
+        """Refuse to publish what units would refuse.
+
+        Raises:
+            RepositoryFault: as it says.
+        """
+        for role in ("targets", *self._delegated()):
+            delegator = root if role == "targets" else targets
+            try:
+                metadata = self._effective(role, ready)
+                delegator.verify_delegate(role, metadata)
+            except (RepositoryError, ValueError) as error:
+                raise RepositoryFault(f"units would refuse this: {error}; see `python -m cloud keys status`") from error
+
+    @contextmanager
+    def _edit(self, role: str, kind: type[_S]) -> Iterator[_S]:
+        """The next version of a role, to be changed and staged without signatures."""
+        metadata = self._newest(role)
+        signed = cast("_S", metadata.signed)
+        if not isinstance(signed, kind):
+            raise TypeError(f"{role} is no {kind.type}")
+        yield signed
+        signed.version = self._next_version(role)
+        signed.expires = expiry(role, self._clock())
+        _write(self.directory / "staged" / f"{role}.json", Metadata(signed))
+
+    def _next_version(self, role: str) -> int:
+        current = self.in_force(role)
+        return current.signed.version + 1 if current else 1
+
+    def _next_snapshot(self, ready: tuple[str, ...], root: Metadata[Any]) -> Metadata[Any]:
+        """The snapshot in force if it can stay, so that units need not fetch it again; else a new one."""
+        current = self.in_force("snapshot")
+        if current and not set(ready) - {"root"} and not self._is_half_spent(current.signed, "snapshot"):
+            try:
+                root.verify_delegate("snapshot", current)
+            except RepositoryError:
+                pass  # its key was replaced
+            else:
+                return current
+        meta = dict(current.signed.meta) if current else {}
+        for role in ready:
+            if role != "root":
+                meta[f"{role}.json"] = MetaFile(self._must_be_staged(role).signed.version)
+        expires = expiry("snapshot", self._clock())
+        return Metadata(Snapshot(version=self._next_version("snapshot"), expires=expires, meta=meta))
+
+    def _next_timestamp(self, snapshot: int) -> Metadata[Any]:
+        expires = expiry("timestamp", self._clock())
+        version = self._next_version("timestamp")
+        return Metadata(Timestamp(version=version, expires=expires, snapshot_meta=MetaFile(snapshot)))
+
+    def _is_half_spent(self, signed: Signed, role: str) -> bool:
+        return signed.expires - self._clock() < timedelta(days=DAYS.get(role, _DELEGATED_DAYS)) / 2
+
+
+def _role_and_keys(delegator: Root | Targets, role: str) -> tuple[Any, list[Key]]:
+    if isinstance(delegator, Root):
+        entry: Any = delegator.roles[role]
+        keys = delegator.keys
+    else:
+        assert delegator.delegations is not None  # noqa: S101 - ours always delegate
+        assert delegator.delegations.roles is not None  # noqa: S101
+        entry = delegator.delegations.roles[role]
+        keys = delegator.delegations.keys
+    return entry, [keys[keyid] for keyid in entry.keyids]
+
+
+def _holder(key: Key) -> str:
+    return str(key.unrecognized_fields.get(HOLDER_FIELD, key.keyid[:8]))
+
+
+def _sign_online(metadata: Metadata[Any], root: Metadata[Any], role: str, signers: Mapping[str, Signer]) -> None:
+    entry, _ = _role_and_keys(root.signed, role)
+    if len(set(entry.keyids) & set(metadata.signatures)) >= entry.threshold:
+        return  # it was taken over as it is
+    ours = [signers[keyid] for keyid in entry.keyids if keyid in signers]
+    if len(ours) < entry.threshold:
+        raise RepositoryFault(f"publishing needs the {role} key; give the directory that holds it")
+    metadata.signatures.clear()
+    for signer in ours:
+        metadata.sign(signer, append=True)
+
+
+def _listed(signed: Targets, ring: str) -> list[Release]:
+    """The releases of a role, the newest first."""
+    found = []
+    for path, target in signed.targets.items():
+        custom = target.custom or {}
+        if "tar_sha256" not in custom:
+            continue  # a delta
+        deltas = {hint["from"]: hint["target"] for hint in custom["deltas"]}
+        files = {
+            name: stored_name(name, signed.targets[name].hashes["sha256"])
+            for name in (path, *deltas.values())
+            if name in signed.targets
+        }
+        found.append(
+            Release(
+                path,
+                ring,
+                custom["product"],
+                custom["version"],
+                custom["security_version"],
+                target.length,
+                custom["tar_sha256"],
+                MappingProxyType(deltas),
+                MappingProxyType(files),
+            )
+        )
+    return sorted(found, key=lambda release: version_key(release.version), reverse=True)
+
+
+def _keep(signed: Targets, version: str, count: int) -> None:
+    """List `version` and the newest others, `count` together."""
+    others = [release.version for release in _listed(signed, "") if release.version != version]
+    for old in others[max(count - 1, 0) :]:
+        _unlist(signed, old)
+
+
+def _unlist(signed: Targets, version: str) -> None:
+    for release in _listed(signed, ""):
+        if release.version == version:
+            for path in release.files:
+                del signed.targets[path]
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RepositoryFault(f"{path} is no description of a release: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != 1 or not {"kind", "archive", "deltas"} <= set(value):
+        raise RepositoryFault(f"{path} is no description of a release; `python -m image release` writes one")
+    return value
+
+
+def _copy(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
+    """Copy a file whose length and digest are known, durably; the same file twice is no work."""
+    try:
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = source.stat().st_size
+    except OSError as error:
+        raise RepositoryFault(f"{source} cannot be read: {error.strerror}") from error
+    if (digest, size) != (entry["sha256"], entry["length"]):
+        raise RepositoryFault(f"{source} is not the file that its description names; build the release again")
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.new")
+    shutil.copyfile(source, new)
+    _settle(new, target)
+
+
+def _read(path: Path) -> Metadata[Any]:
+    try:
+        return Metadata[Any].from_file(str(path))
+    except (OSError, RepositoryError) as error:
+        raise RepositoryFault(f"{path} cannot be read: {error}") from error
+
+
+def _read_maybe(path: Path) -> Metadata[Any] | None:
+    return _read(path) if path.exists() else None
+
+
+def _write(path: Path, metadata: Metadata[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(metadata.to_bytes(JSONSerializer(compact=True)))
+    _settle(new, path)
+
+
+def _settle(new: Path, path: Path) -> None:
+    """Give a complete file its name, durably."""
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    new.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
