@@ -14,7 +14,7 @@ What the SDK's defaults would do to an alarm, and what is done here instead:
 import contextlib
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -32,11 +32,13 @@ Outcome = Literal["held", "dropped", "refused", "unreachable", "tls"]
 #: ("blinding"), so anything shorter would call a TLS failure a timeout.
 ATTEMPT_SECONDS: Final = 45.0
 
-_ACK_SECONDS: Final = 20
+ACK_SECONDS: Final = 20
 _CONNACK_MILLISECONDS: Final = 20_000
 _PING_MILLISECONDS: Final = 20_000
 _NEVER_MILLISECONDS: Final = 3_600_000
 _STOP_SECONDS: Final = 5.0
+_REFUSAL: Final = 0x80  # and above (MQTT 5, 2.4)
+_LARGEST_PACKET: Final = 160 * 1024  # AWS IoT sends payloads of up to 128 KiB
 
 #: On 443 AWS IoT tells MQTT from HTTPS by this name (AWS IoT developer guide, "Device communication protocols").
 _HTTPS_PORT: Final = 443
@@ -45,6 +47,10 @@ _ALPN: Final = "x-amzn-mqtt-ca"
 
 class NotDeliveredError(Exception):
     """The broker did not acknowledge a message; it may or may not have got it."""
+
+
+class NotAllowedError(NotDeliveredError):
+    """The broker has said no, by a reason code of 0x80 or above (MQTT 5, 2.4)."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Connection:
         key: the key of that certificate.
         keep_alive_seconds: how soon a dead link is noticed.
         on_change: called from the SDK's thread: must neither block nor raise; put what it gets into a queue.
+        on_message: the same, for each message that arrives on a subscription: topic and payload.
 
     Raises:
         KeyFault: the key does not fit the certificate, or its store does not let it be used.
@@ -104,6 +111,7 @@ class Connection:
         *,
         keep_alive_seconds: int,
         on_change: Callable[[Change], None],
+        on_message: Callable[[str, bytes], None] = lambda _topic, _payload: None,
     ) -> None:
         self._on_change = on_change
         self._stopped: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -125,6 +133,7 @@ class Connection:
                 connect_options=mqtt5.ConnectPacket(
                     client_id=identity.serial,
                     keep_alive_interval_sec=keep_alive_seconds,
+                    maximum_packet_size=_LARGEST_PACKET,
                 ),
                 session_behavior=mqtt5.ClientSessionBehaviorType.CLEAN,
                 offline_queue_behavior=mqtt5.ClientOperationQueueBehaviorType.FAIL_ALL_ON_DISCONNECT,
@@ -134,7 +143,10 @@ class Connection:
                 retry_jitter_mode=mqtt5.ExponentialBackoffJitterMode.NONE,
                 ping_timeout_ms=_PING_MILLISECONDS,
                 connack_timeout_ms=_CONNACK_MILLISECONDS,
-                ack_timeout_sec=_ACK_SECONDS,
+                ack_timeout_sec=ACK_SECONDS,
+                on_publish_callback_fn=lambda data: on_message(
+                    data.publish_packet.topic, bytes(data.publish_packet.payload or b"")
+                ),
                 on_lifecycle_event_connection_success_fn=lambda _: self._on_change(Up()),
                 on_lifecycle_event_connection_failure_fn=lambda data: self._on_change(_failure(data)),
                 on_lifecycle_event_disconnection_fn=lambda data: self._on_change(Down(_ending(data))),
@@ -150,23 +162,22 @@ class Connection:
 
     def publish(self, topic: str, payload: bytes) -> "Future[None]":
         """Send at QoS 1. The future is done when the broker has acknowledged, or holds `NotDeliveredError`."""
-        delivered: Future[None] = Future()
-
-        def settle(sent: "Future[Any]") -> None:
-            try:
-                answer = sent.result()
-            except (exceptions.AwsCrtError, CancelledError) as error:
-                delivered.set_exception(NotDeliveredError(_name(error)))
-                return
-            reason = answer.puback.reason_code
-            if reason >= mqtt5.PubackReasonCode.UNSPECIFIED_ERROR:  # 0x80 and above are refusals (MQTT 5, 2.4)
-                delivered.set_exception(NotDeliveredError(f"the broker refused it: {_reason(reason)}"))
-            else:
-                delivered.set_result(None)
-
         packet = mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
-        self._client.publish(packet).add_done_callback(settle)
-        return delivered
+        return _settled(self._client.publish(packet), lambda answer: [answer.puback.reason_code])
+
+    def subscribe(self, filters: Sequence[str]) -> "Future[None]":
+        """Ask for what matches `filters` (AWS IoT takes 8 at once), at QoS 1; for this connection only.
+
+        The future is done when the broker has agreed to all, or holds `NotDeliveredError`.
+        """
+        wanted = [mqtt5.Subscription(topic_filter=one, qos=mqtt5.QoS.AT_LEAST_ONCE) for one in filters]
+        packet = mqtt5.SubscribePacket(subscriptions=wanted)
+        return _settled(self._client.subscribe(packet), lambda answer: answer.reason_codes)
+
+    def unsubscribe(self, filters: Sequence[str]) -> "Future[None]":
+        """Ask for no more of what matches `filters`."""
+        packet = mqtt5.UnsubscribePacket(topic_filters=list(filters))
+        return _settled(self._client.unsubscribe(packet), lambda answer: answer.reason_codes)
 
     def stop(self) -> None:
         """Disconnect, and wait until the SDK has let go of the connection; nothing when it has already."""
@@ -180,6 +191,25 @@ class Connection:
     def _has_stopped(self) -> None:
         self._stopped.put(None)
         self._on_change(Stopped())
+
+
+def _settled(sent: "Future[Any]", codes: Callable[[Any], Iterable[int]]) -> "Future[None]":
+    """What becomes of an operation: done, or `NotDeliveredError`."""
+    settled: Future[None] = Future()
+
+    def settle(sent: "Future[Any]") -> None:
+        try:
+            refusals = [code for code in codes(sent.result()) if code >= _REFUSAL]
+        except (exceptions.AwsCrtError, CancelledError) as error:
+            settled.set_exception(NotDeliveredError(_name(error)))
+            return
+        if refusals:
+            settled.set_exception(NotAllowedError(f"the broker refused it: {_reason(refusals[0])}"))
+        else:
+            settled.set_result(None)
+
+    sent.add_done_callback(settle)
+    return settled
 
 
 def attempt(

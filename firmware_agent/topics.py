@@ -42,3 +42,22 @@ def shadow_topic(thing: str, name: str, *parts: str) -> str:
 def defender_topic(thing: str) -> str:
     """Where Device Defender takes a unit's metrics."""
     return f"$aws/things/{thing}/defender/metrics/json"
+
+
+def feature(topic: str) -> str:
+    """Which part of the agent a topic belongs to: `jobs`, `shadow`, `defender`, `alarm`, `heartbeat`, ..."""
+    parts = topic.split("/")
+    return parts[3] if len(parts) > 3 else parts[0]
+
+
+def matches(topic_filter: str, topic: str) -> bool:
+    """Whether a subscription to `topic_filter` gets what is published on `topic` (MQTT 5, 4.7)."""
+    wanted, given = topic_filter.split("/"), topic.split("/")
+    if given[0].startswith("$") and wanted[0] in {"+", "#"}:
+        return False
+    for position, word in enumerate(wanted):
+        if word == "#":
+            return True
+        if position >= len(given) or word not in {"+", given[position]}:
+            return False
+    return len(wanted) == len(given)
