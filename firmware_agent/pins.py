@@ -1,4 +1,4 @@
-"""The PIR's line: edges as they happen, never a poll.
+"""The lines of the PIR and of the case's loop: edges as they happen, never a poll.
 
 gpiozero's `MotionSensor` samples ten times a second, which adds 50 ms and misses short pulses; `DigitalInputDevice`
 hands over the kernel's edge events. The pin factory is named and passed in: gpiozero's own choice falls back in silence
@@ -9,8 +9,9 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from firmware_agent.errors import PirFault
@@ -22,10 +23,14 @@ _CHIP_INFO: Final = struct.Struct("32s32sI")
 
 
 class Pir(Protocol):
-    """An opened motion sensor."""
+    """An opened motion sensor, or the loop through the case."""
 
     def level(self) -> int:
-        """1 while the sensor sees motion."""
+        """1 while the sensor sees motion, or the case is closed.
+
+        Raises:
+            PirFault: the line is gone.
+        """
         ...
 
     def watch(self, edge: Callable[[bool], None]) -> None:
@@ -34,13 +39,21 @@ class Pir(Protocol):
 
 
 class Pins(Protocol):
-    """Where the PIR is wired to."""
+    """Where the PIR is wired to, and the case's loop, if there is one."""
 
     def pir(self) -> AbstractContextManager[Pir]:
         """The sensor, ours until the context ends.
 
         Raises:
             PirFault: there is no such line, or somebody else holds it.
+        """
+        ...
+
+    def tamper(self) -> AbstractContextManager[Pir | None]:
+        """The case's loop, ours until the context ends; None where none is wired.
+
+        Raises:
+            PirFault: one is configured, and there is no such line, or somebody else holds it.
         """
         ...
 
@@ -64,8 +77,8 @@ def _open(factory: Any, line: int) -> Iterator[Pir]:
     from gpiozero import DigitalInputDevice, GPIOZeroError  # noqa: PLC0415 - half a second on a Pi, only where needed
 
     try:
-        # The pull-down makes a cut wire read as "no motion", which the line's self-test then finds. No bounce time:
-        # it would drop edges, and a PIR's output does not bounce.
+        # The pull-down makes a cut wire read as "no motion", which the line's self-test then finds, and a cut loop as
+        # an open case. No bounce time: it would drop edges, a PIR's output does not bounce, and a switch may.
         device = DigitalInputDevice(line, pull_up=False, pin_factory=factory)
     except (GPIOZeroError, OSError) as error:
         raise PirFault(f"GPIO line {line} cannot be used: {error}") from error
@@ -74,15 +87,20 @@ def _open(factory: Any, line: int) -> Iterator[Pir]:
 
 
 class FactoryPins:
-    """A line of a pin factory that somebody else made and keeps: gpiozero's `MockFactory` on the simulated board."""
+    """Lines of a pin factory that somebody else made and keeps: gpiozero's `MockFactory` in tests."""
 
-    def __init__(self, factory: Any, line: int) -> None:
+    def __init__(self, factory: Any, line: int, tamper: int | None = None) -> None:
         self._factory = factory
         self._line = line
+        self._tamper = tamper
 
     def pir(self) -> AbstractContextManager[Pir]:
         """The sensor on the factory's line."""
         return _open(self._factory, self._line)
+
+    def tamper(self) -> AbstractContextManager[Pir | None]:
+        """The loop, if there is one."""
+        return nullcontext() if self._tamper is None else _open(self._factory, self._tamper)
 
 
 def chip_labels(devices: Path = Path("/dev")) -> dict[int, str]:
@@ -123,28 +141,37 @@ class LgpioPins:
     program's start sets it (`firmware_agent.__main__`).
     """
 
-    def __init__(self, lines: Mapping[str, int]) -> None:
+    def __init__(self, lines: Mapping[str, int], tamper: Mapping[str, int] = MappingProxyType({})) -> None:
         self._lines = lines
-        self._opened: tuple[Any, int] | None = None
+        self._tamper = tamper
+        self._factories: dict[int, Any] = {}
 
     def pir(self) -> AbstractContextManager[Pir]:
         """The sensor on the chip that has the right label."""
-        # One factory for as long as the process lives: gpiozero keeps a factory's pins in its class, so a second one
-        # is handed the first one's pins, which belong to a closed chip and see no edges.
-        if self._opened is None:
-            self._opened = self._open_chip()
-        return _open(*self._opened)
+        return self._line(self._lines)
 
-    def _open_chip(self) -> tuple[Any, int]:
-        chip, line = choose_chip(chip_labels(), self._lines)
-        try:
-            from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415 - exists on the device alone
+    def tamper(self) -> AbstractContextManager[Pir | None]:
+        """The loop on the chip that has the right label, if one is configured."""
+        return self._line(self._tamper) if self._tamper else nullcontext()
 
-            return LGPIOFactory(chip=chip), line
-        except (ImportError, OSError) as error:
-            raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
-        except Exception as error:
-            raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
+    def _line(self, lines: Mapping[str, int]) -> AbstractContextManager[Pir]:
+        chip, line = choose_chip(chip_labels(), lines)
+        # One factory of a chip for as long as the process lives: gpiozero keeps a factory's pins in its class, so a
+        # second one is handed the first one's pins, which belong to a closed chip and see no edges.
+        if chip not in self._factories:
+            self._factories[chip] = _open_chip(chip)
+        return _open(self._factories[chip], line)
+
+
+def _open_chip(chip: int) -> Any:
+    try:
+        from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415 - exists on the device alone
+
+        return LGPIOFactory(chip=chip)
+    except (ImportError, OSError) as error:
+        raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
+    except Exception as error:
+        raise PirFault(f"lgpio does not open /dev/gpiochip{chip}: {error}") from error
 
 
 def open_pins(settings: Settings) -> Pins:
@@ -153,5 +180,5 @@ def open_pins(settings: Settings) -> Pins:
     if kind == "unix":
         from firmware_agent.remote_pins import RemotePins  # noqa: PLC0415 - each board needs one of the two
 
-        return RemotePins(Path(place), settings.pir.lines)
-    return LgpioPins(settings.pir.lines)
+        return RemotePins(Path(place), settings.pir.lines, settings.tamper.lines)
+    return LgpioPins(settings.pir.lines, settings.tamper.lines)

@@ -17,8 +17,9 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from firmware_agent.errors import PirFault
@@ -37,11 +38,15 @@ class RemotePins:
     Args:
         server: the socket's path.
         lines: chip label to line, as in `[pir.lines]`.
+        tamper: chip label to line of the case's loop, as in `[tamper.lines]`; empty where there is none.
     """
 
-    def __init__(self, server: Path, lines: Mapping[str, int]) -> None:
+    def __init__(
+        self, server: Path, lines: Mapping[str, int], tamper: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self._server = server
         self._lines = lines
+        self._tamper = tamper
 
     def pir(self) -> AbstractContextManager[Pir]:
         """The sensor's line.
@@ -50,6 +55,14 @@ class RemotePins:
             PirFault: nobody serves it, or somebody else holds it.
         """
         return _held(self._server, self._lines)
+
+    def tamper(self) -> AbstractContextManager[Pir | None]:
+        """The case's loop, if one is configured.
+
+        Raises:
+            PirFault: nobody serves it, or somebody else holds it.
+        """
+        return _held(self._server, self._tamper) if self._tamper else nullcontext()
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from firmware_agent.settings import Settings, parse
 SERIAL = "PK-000001"
 BOARD = "10000000c0ffee01"
 LINE = 17
+TAMPER = 27
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -201,6 +202,18 @@ class Unit:
     def pir(self) -> Any:
         """The mock pin: `drive_high`, `drive_low`."""
         return self.factory.pin(f"GPIO{LINE}")
+
+    @property
+    def case(self) -> Any:
+        """The mock pin of the case's loop, for a unit that has one."""
+        return self.factory.pin(f"GPIO{TAMPER}")
+
+    def with_case(self) -> "Unit":
+        """The same with a loop through its case, which is closed."""
+        unit = replace(self, pins=FactoryPins(self.factory, LINE, TAMPER))
+        with unit.pins.tamper():  # the pull-down comes first, then what drives the line
+            unit.case.drive_high()
+        return unit
 
     def with_heartbeat(self, seconds: float) -> "Unit":
         tuning = replace(self.settings.tuning, heartbeat_seconds=seconds)
