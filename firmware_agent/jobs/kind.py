@@ -21,16 +21,18 @@ A phase ends by returning one of
     Rejected(code, reason)  REJECTED: the cloud never tries again
     Restart(memo)           the agent's process ends now (exit code 5); the next phase is entered by the next process
 
-`memo` is merged into what the execution remembers across restarts (JSON values only; never a secret, never a URL). It is
-durable when the next phase is entered. The job document is *not* remembered: it may hold presigned URLs. In unbound
+`memo` is merged into what the execution remembers across restarts (JSON values only; never a secret, never a URL); it
+is durable when the next phase is entered. The job document is *not* remembered: it may hold presigned URLs. In unbound
 phases `context.document` is always there (it is fetched again after a restart); in bound and undo phases it may be
 None, so keep in the memo what those need.
 
 What may leave `Phase.run` as an exception, beside bugs:
 
     Dropped, Stopping       raised by the context's methods: let them pass
-    link.NotDeliveredError  no link: the phase is entered again after the next connect, which counts as an attempt
-    OSError, AgentFault, …  Failed with the phase's `code` (ENOSPC: `no-space`) and the error's words as the reason
+    Ended(result)           the same as returning `result`
+    mqtt.NotDeliveredError  no link: the phase is entered again after the next connect, which counts as an attempt
+    OSError, AgentFault, …  Failed with the error's words as the reason, and its `code` if a failure's, else the
+                            phase's (ENOSPC: `no-space`)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +146,14 @@ class Stopping(Exception):
     """The agent is asked to end; the phase will be entered again by the next process."""
 
 
+class Ended(Exception):
+    """The phase ends with `result`, said from the depths."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(repr(result))
+        self.result = result
+
+
 class Context(Protocol):
     """What a phase may ask of the runner. Not for other threads."""
 
@@ -160,6 +170,11 @@ class Context(Protocol):
     @property
     def memo(self) -> Mapping[str, Any]:
         """What the phases before have kept."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is being undone; empty before that."""
         ...
 
     @property

@@ -194,6 +194,13 @@ def adopt(key: Key, kind: Kind, phase: str, memo: Mapping[str, Any]) -> tuple[Ex
     return _settle(found, kind)
 
 
+def repeat(execution: Execution) -> tuple[Execution, Action]:
+    """The cloud gives a job once more whose report it has lost: it is told the same again."""
+    outcome = execution.outcome or Outcome("FAILED", "interrupted", "the job was dropped here before")
+    again = replace(execution, stage=Stage.REPORTING, outcome=outcome, gone=False, stores=execution.stores + 1)
+    return again, Report(outcome)
+
+
 def step(execution: Execution, kind: Kind, event: Event) -> tuple[Execution, Action]:
     """What follows from `event`: the execution as it is now, and what to do."""
     match event:
@@ -303,6 +310,9 @@ def _settle(execution: Execution, kind: Kind) -> tuple[Execution, Action]:
 
 def _settle_forward(execution: Execution, kind: Kind) -> tuple[Execution, Action | None]:
     phase = _named(kind.phases, execution.phase)
+    if phase is None:
+        reason = f"the phase {execution.phase!r} belongs to another release of the agent"
+        return _fail(execution, Outcome("FAILED", "crashed", reason)), None
     if execution.stores >= MAX_STORES:
         reason = f"the job has gone in circles; it was given up in {phase.name}"
         return _fail(execution, Outcome("REJECTED", "loop", reason)), None
@@ -315,11 +325,11 @@ def _settle_forward(execution: Execution, kind: Kind) -> tuple[Execution, Action
 
 
 def _settle_undoing(execution: Execution, kind: Kind) -> tuple[Execution, Action | None]:
-    if not kind.undo:
-        return replace(execution, stage=Stage.CLEANING, entered=0), None
-    if not execution.phase:
+    if not execution.phase and kind.undo:
         execution = replace(execution, phase=kind.undo[0].name, entered=0)
     phase = _named(kind.undo, execution.phase)
+    if phase is None:
+        return replace(execution, stage=Stage.CLEANING, entered=0), None
     if execution.entered < phase.attempts:
         return _enter(execution, phase), Run(phase)
     return _past_undo(_worse(execution, f"{phase.name} was interrupted too often"), kind), None
@@ -340,17 +350,10 @@ def _enter(execution: Execution, phase: Phase) -> Execution:
     )
 
 
-def _named(phases: Sequence[Phase], name: str) -> Phase:
-    for phase in phases:
-        if phase.name == name:
-            return phase
-    raise UnknownPhase(name)
+def _named(phases: Sequence[Phase], name: str) -> Phase | None:
+    return next((phase for phase in phases if phase.name == name), None)
 
 
 def _after(phases: Sequence[Phase], name: str) -> Phase | None:
-    place = phases.index(_named(phases, name)) + 1
-    return phases[place] if place < len(phases) else None
-
-
-class UnknownPhase(Exception):
-    """The journal names a phase that this release does not have: another release wrote it."""
+    names = [phase.name for phase in phases]
+    return next((phase for phase, before in zip(phases[1:], names, strict=False) if before == name), None)
