@@ -18,7 +18,7 @@ class MalformedEventError(ValueError):
 
 @dataclass(frozen=True)
 class Alarm:
-    """A motion alarm. `at` is the device's clock, `at_quality` how far to trust it."""
+    """An alarm: motion, or tampering. `at` is the device's clock, `at_quality` how far to trust it."""
 
     thing: str
     event_id: str

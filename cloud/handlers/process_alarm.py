@@ -60,6 +60,11 @@ class Message:
     text: str
 
 
+#: What the owner reads about each kind of alarm, before the time. A kind that this code does not know is still told.
+WORDS = {"motion": "just detected motion", "tamper": "reports that somebody tampers with it"}
+OTHER_WORDS = "raised an alarm"
+
+
 def compose(alarm: Alarm, owner: Owner) -> Message:
     """What the owner reads.
 
@@ -67,7 +72,7 @@ def compose(alarm: Alarm, owner: Owner) -> Message:
         UnknownZoneError: the owner's time zone is no time zone.
     """
     moment = clock.local(alarm.at, owner.timezone)
-    return Message(owner.phone, f"Your security system just detected motion at: {moment}")
+    return Message(owner.phone, f"Your security system {WORDS.get(alarm.kind, OTHER_WORDS)} at: {moment}")
 
 
 def judge(row: dict[str, Any], now: float) -> Duty:

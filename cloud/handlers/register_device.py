@@ -1,4 +1,4 @@
-"""A device says hello: its row is written. A certificate appears: it is activated if the factory knows it.
+"""A device says hello: its row is written, and it gets a ring. A certificate appears: it is activated if it is known.
 
 The second half is just-in-time registration, for a signing CA without a provisioning template. The factory's own
 records decide: a certificate's id is the SHA-256 of all of it, so to know the id is to know the certificate.
@@ -71,10 +71,14 @@ class Clients:
     table: str
     policy: str
     operations: str
+    rings: tuple[str, ...]  # the first is where a new unit goes
 
 
 def register(event: Hello, clients: Clients) -> str:
-    """Write the device's row: when it was first seen stays, everything else is as of its latest hello."""
+    """Write the device's row, and give it a ring where it has none.
+
+    When it was first seen stays, everything else is as of its latest hello.
+    """
     values: dict[str, str | float | None] = {
         "thing": event.thing,
         "certificate_id": _certificate_of(event.thing, clients.iot),
@@ -90,9 +94,10 @@ def register(event: Hello, clients: Clients) -> str:
         "last_seen": event.received_ms,
     }
     try:
-        clients.dynamodb.update_item(
+        answer = clients.dynamodb.update_item(
             TableName=clients.table,
             Key=table.unit_key(event.thing, table.DEVICE),
+            ReturnValues="ALL_NEW",
             UpdateExpression="SET first_seen = if_not_exists(first_seen, :now), "
             + ", ".join(f"#{index} = :{index}" for index in range(len(values))),
             # a call that was retried late must not overwrite what the device said since
@@ -105,8 +110,27 @@ def register(event: Hello, clients: Clients) -> str:
         )
     except clients.dynamodb.exceptions.ConditionalCheckFailedException:
         return "superseded"
+    if table.text(answer.get("Attributes"), "ring_given_at") is None:
+        give_ring(event.thing, event.at, clients)
     log.info("device seen", thing=event.thing, mode=event.mode, boot_id=event.boot_id)
     return "registered"
+
+
+def give_ring(thing: str, at: str, clients: Clients) -> None:
+    """Put a unit that is in no ring into the first one, and remember that this was looked after.
+
+    Only the first hello asks AWS IoT: a fleet that comes back after an outage says hello all at once.
+    """
+    groups = clients.iot.list_thing_groups_for_thing(thingName=thing, maxResults=100)["thingGroups"]
+    if not {group.get("groupName") for group in groups} & set(clients.rings):
+        clients.iot.add_thing_to_thing_group(thingName=thing, thingGroupName=clients.rings[0])
+        log.info("joined a ring", thing=thing, ring=clients.rings[0])
+    clients.dynamodb.update_item(
+        TableName=clients.table,
+        Key=table.unit_key(thing, table.DEVICE),
+        UpdateExpression="SET ring_given_at = :at",
+        ExpressionAttributeValues={":at": table.typed(at)},
+    )
 
 
 def _certificate_of(thing: str, iot: "IoTClient") -> str | None:
@@ -171,6 +195,7 @@ def _clients() -> Clients:
         os.environ["TABLE"],
         os.environ["POLICY"],
         os.environ["OPERATIONS"],
+        tuple(os.environ["RINGS"].split()),
     )
 
 

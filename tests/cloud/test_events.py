@@ -92,6 +92,20 @@ def test_the_text_shows_the_owners_local_time(at: datetime, zone: str, local: st
     assert message.text == f"Your security system just detected motion at: {local}"
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("motion", "just detected motion"),
+        ("tamper", "reports that somebody tampers with it"),
+        ("a kind of tomorrow", "raised an alarm"),
+    ],
+)
+def test_the_text_says_what_kind_of_alarm_it_is(kind: str, words: str) -> None:
+    event = parse_alarm(alarm(kind=kind, at="2026-11-21T05:53:35Z") | {"thing": "PK-1"})
+
+    assert compose(event, Owner("+49170", "UTC")).text == f"Your security system {words} at: 2026-11-21 05:53:35"
+
+
 def test_time_zones_are_found_where_the_system_has_none() -> None:
     zoneinfo.reset_tzpath(to=[])
     ZoneInfo.clear_cache()

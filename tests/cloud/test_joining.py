@@ -240,3 +240,37 @@ def test_a_device_must_say_which_server_it_wants_and_two_names_are_right(
         context.wrap_socket(plain, server_hostname=hosts[name] if name else None) as secured,
     ):
         assert secured.version() in {"TLSv1.2", "TLSv1.3"}
+
+
+def _rings(fleet: Fleet, unit: Unit) -> set[str]:
+    return {
+        group["groupName"]
+        for group in fleet.target.iot.list_thing_groups_for_thing(thingName=unit.serial)["thingGroups"]
+    }
+
+
+def test_a_unit_that_says_hello_for_the_first_time_joins_the_main_ring(fleet: Fleet) -> None:
+    unit = fleet.unit()
+    before = _rings(fleet, unit)
+
+    fleet.publish(unit, "hello", hello())
+
+    assert before == set()
+    assert eventually(lambda: _rings(fleet, unit)) == {"picket-main"}
+
+
+def test_a_canary_stays_one_whatever_it_says(fleet: Fleet) -> None:
+    unit = fleet.unit()
+    fleet.target.iot.add_thing_to_thing_group(thingName=unit.serial, thingGroupName="picket-canary")
+
+    fleet.publish(unit, "hello", hello())
+    eventually(lambda: fleet.rows(unit.serial, "DEVICE") and "ring_given_at" in fleet.rows(unit.serial, "DEVICE")[0])
+
+    assert _rings(fleet, unit) == {"picket-canary"}
+
+
+def test_the_guest_is_told_where_its_jobs_urls_lead(fleet: Fleet) -> None:
+    hosts = fleet.registry.guest_hosts()
+
+    assert fleet.registry.guest_endpoint().host in hosts
+    assert {host.removeprefix(hosts[0]) for host in hosts[1:]} == {"picket.test"}
