@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloud.registry import Endpoint, Registry, certificate_id
 from cloud.target import Target, translated
-from firmware_agent.topics import data_topic
+from firmware_agent.topics import data_topic, defender_topic, jobs_topic, shadow_topic
 
 CONNECT_SECONDS = 10.0
 JITP_SECONDS = 20.0
@@ -204,10 +204,10 @@ class Connection:
             lambda: future.result(CONNECT_SECONDS).puback.reason_code == mqtt5.PubackReasonCode.SUCCESS
         )
 
-    def subscribe(self, topic_filter: str) -> bool:
-        """Whether the broker granted the subscription and kept the connection."""
+    def subscribe(self, *filters: str) -> bool:
+        """Whether the broker granted the subscriptions and kept the connection."""
         future = self._client.subscribe(
-            mqtt5.SubscribePacket([mqtt5.Subscription(topic_filter, qos=mqtt5.QoS.AT_LEAST_ONCE)])
+            mqtt5.SubscribePacket([mqtt5.Subscription(each, qos=mqtt5.QoS.AT_LEAST_ONCE) for each in filters])
         )
         return self._granted(lambda: all(code < 0x80 for code in future.result(CONNECT_SECONDS).reason_codes))
 
@@ -297,9 +297,9 @@ def examine(target: Target, progress: Callable[[str], None] = lambda _: None) ->
         good = _joins(case)
         if not good.passed:
             unjudged = "cannot be judged while a good unit is not let in"
-            return [good, *(Check(name, passed=False, sentence=unjudged) for name in _REFUSALS)]
-        progress("trying what must not work")
-        return [good, *(Check(name, *check(case)) for name, check in _REFUSALS.items())]
+            return [good, *(Check(name, passed=False, sentence=unjudged) for name in _CHECKS)]
+        progress("trying what must work, and what must not")
+        return [good, *(Check(name, *check(case)) for name, check in _CHECKS.items())]
     finally:
         progress("removing what the doctor made")
         _remove(case, ca_id)
@@ -353,13 +353,55 @@ def _foreign_topic(case: Case) -> Verdict:
         ("a message on another unit's topic", lambda link: link.publish(data_topic(case.serial + "-X", KIND))),
         ("a subscription to other units' data", lambda link: link.subscribe("dt/picket/#")),
     )
+    return _all_refused(case, acts) or (True, "messages and subscriptions about other units were refused")
+
+
+def _all_refused(case: Case, acts: tuple[tuple[str, Callable[[Connection], bool]], ...]) -> Verdict | None:
+    """None when each act, on a connection of its own, was refused; else what was not."""
     for what, act in acts:
         with connection(case.endpoint, case.trust, case.serial, case.leaf) as (link, result):
             if not result.accepted:
                 return False, f"the good unit did not get in again: {result.detail}"
             if act(link):
                 return False, f"{what} was accepted"
-    return True, "messages and subscriptions about other units were refused"
+    return None
+
+
+def _own_reserved(case: Case) -> Verdict:
+    """What the agent needs besides its data: its jobs, its two shadows, its metrics."""
+    with connection(case.endpoint, case.trust, case.serial, case.leaf) as (link, result):
+        if not result.accepted:
+            return False, f"the good unit did not get in again: {result.detail}"
+        if not link.subscribe(
+            jobs_topic(case.serial, "notify-next"),
+            jobs_topic(case.serial, "+", "update", "accepted"),
+            shadow_topic(case.serial, "alarm", "update", "delta"),
+            shadow_topic(case.serial, "settings", "update", "delta"),
+            f"{defender_topic(case.serial)}/accepted",
+        ):
+            return False, "the subscriptions to its own jobs, shadows and metrics were refused"
+        for topic in (
+            jobs_topic(case.serial, "$next", "get"),
+            shadow_topic(case.serial, "alarm", "get"),
+            shadow_topic(case.serial, "settings", "get"),
+            defender_topic(case.serial),
+        ):
+            if not link.publish(topic):
+                return False, f"a message on {topic} was refused"
+    return True, "it may use its own jobs, shadows and metrics"
+
+
+def _foreign_reserved(case: Case) -> Verdict:
+    other = case.serial + "-X"
+    acts: tuple[tuple[str, Callable[[Connection], bool]], ...] = (
+        ("a question about another unit's job", lambda link: link.publish(jobs_topic(other, "$next", "get"))),
+        ("a subscription to another unit's jobs", lambda link: link.subscribe(jobs_topic(other, "notify-next"))),
+        ("an update of another unit's shadow", lambda link: link.publish(shadow_topic(other, "alarm", "update"))),
+        ("a subscription to another unit's shadow", lambda link: link.subscribe(shadow_topic(other, "alarm", "#"))),
+        ("a shadow of no agreed name", lambda link: link.publish(shadow_topic(case.serial, "other", "get"))),
+        ("another unit's metrics", lambda link: link.publish(defender_topic(other))),
+    )
+    return _all_refused(case, acts) or (True, "other units' jobs, shadows and metrics were refused")
 
 
 def _inactive(case: Case) -> Verdict:
@@ -369,11 +411,13 @@ def _inactive(case: Case) -> Verdict:
 
 
 #: In this order: the last one switches the good unit off.
-_REFUSALS: dict[str, Callable[[Case], Verdict]] = {
+_CHECKS: dict[str, Callable[[Case], Verdict]] = {
     "no client certificate": _no_certificate,
     "unknown CA": _unknown_ca,
     "wrong client id": _wrong_client_id,
     "topic outside the policy": _foreign_topic,
+    "own jobs, shadows, metrics": _own_reserved,
+    "other units' jobs, shadows, metrics": _foreign_reserved,
     "inactive certificate": _inactive,
 }
 

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -22,11 +22,15 @@ from cloud.errors import CloudMisconfigured
 from cloud.handlers import clock, table
 from cloud.jitp import SUBJECT_ATTRIBUTES, missing_parameters, subject_parameters
 from cloud.local import launcher
+from cloud.local.endpoint import DEVICE_DOMAIN
 from cloud.target import Target, translated
 
 #: The roots that AWS IoT's data endpoints chain to: RSA and ECC.
 #: https://docs.aws.amazon.com/iot/latest/developerguide/server-authentication.html
 AMAZON_ROOTS = ("Amazon Root CA 1", "Amazon Root CA 3")
+
+#: As many items as one BatchGetItem takes.
+BATCH = 100
 
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 
@@ -117,6 +121,10 @@ class Registry:
         if self.target.local is not None:
             return Endpoint(self.target.local.device_host, self.target.local.mqtt_port)
         return self.endpoint()
+
+    def guest_hosts(self) -> tuple[str, ...]:
+        """The names that such a device must find at this machine: MQTT's, and the one that its jobs' URLs have."""
+        return (self.target.local.device_host, DEVICE_DOMAIN) if self.target.local is not None else ()
 
     def trust_bundle(self) -> str:
         """The PEM certificates by which a device knows the endpoint."""
@@ -246,19 +254,21 @@ class Registry:
     def device(self, serial: str) -> Device | None:
         """What the device said on its last connection, or None when it was never heard of."""
         row = self._row(table.unit_key(serial, table.DEVICE))
-        if row is None:
-            return None
-        return Device(
-            thing=serial,
-            certificate_id=table.text(row, "certificate_id"),
-            nonce=table.text(row, "nonce"),
-            first_seen=_moment(row, "first_seen"),
-            last_seen=_moment(row, "last_seen"),
-            **{
-                name: table.text(row, name) or ""
-                for name in ("batch", "board", "agent", "image", "key", "mode", "boot_id")
-            },
-        )
+        return None if row is None else _device(serial, row)
+
+    def devices(self, serials: Sequence[str]) -> dict[str, Device]:
+        """What each of these devices said on its last connection; who was never heard of is left out."""
+        name, found = self._names["Table"], dict[str, Device]()
+        with translated(self.target, "reading the table"):
+            for begin in range(0, len(serials), BATCH):
+                keys = [table.unit_key(serial, table.DEVICE) for serial in serials[begin : begin + BATCH]]
+                while keys:  # DynamoDB hands back what it had no time for
+                    answer: Any = self._dynamodb.batch_get_item(RequestItems={name: {"Keys": keys}})
+                    for row in answer["Responses"].get(name, []):
+                        serial = row["pk"]["S"].removeprefix("UNIT#")
+                        found[serial] = _device(serial, row)
+                    keys = answer.get("UnprocessedKeys", {}).get(name, {}).get("Keys", [])
+        return found
 
     # -- trouble
 
@@ -340,6 +350,19 @@ class Registry:
         with translated(self.target, "reading the table"):
             answer = self._dynamodb.get_item(TableName=self._names["Table"], Key=key, ConsistentRead=True)
         return answer.get("Item")
+
+
+def _device(serial: str, row: Mapping[str, Any]) -> Device:
+    return Device(
+        thing=serial,
+        certificate_id=table.text(row, "certificate_id"),
+        nonce=table.text(row, "nonce"),
+        first_seen=_moment(row, "first_seen"),
+        last_seen=_moment(row, "last_seen"),
+        **{
+            name: table.text(row, name) or "" for name in ("batch", "board", "agent", "image", "key", "mode", "boot_id")
+        },
+    )
 
 
 def _authority_trouble(authority: Mapping[str, Any], template: str) -> str | None:

@@ -36,6 +36,8 @@ def test_a_healthy_cloud_passes_every_check(fleet: Fleet) -> None:
         ("unknown CA", True),
         ("wrong client id", True),
         ("topic outside the policy", True),
+        ("own jobs, shadows, metrics", True),
+        ("other units' jobs, shadows, metrics", True),
         ("inactive certificate", True),
     ]
 
@@ -55,7 +57,7 @@ def test_the_doctor_leaves_nothing_behind(fleet: Fleet) -> None:
     ("weakness", "seen"),
     [
         ("no-client-certificate", {"no client certificate"}),
-        ("no-policies", {"wrong client id", "topic outside the policy"}),
+        ("no-policies", {"wrong client id", "topic outside the policy", "other units' jobs, shadows, metrics"}),
         ("inactive-certificates", {"inactive certificate"}),
     ],
 )
