@@ -12,7 +12,7 @@ is a floor of its own.
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -133,14 +133,16 @@ class Trust:
         now = self._now()
         if now is None:
             raise ClockNotTrusted("the clock is not set yet, so nobody can say which metadata has expired")
-        with _told_in_words():
-            target, seen = self._consult(path, metadata_url, now, running)
-        _sync_tree(self._metadata)
-        floor = read_floor(self._floor)
-        if (raised := floor.raised(seen)) != floor:
-            write_floor(self._floor, raised)
-        judge(target, running, self._product, floor.security.get(target.kind, 0))
-        return target
+        with _told_in_words(), self._session(metadata_url, now) as updater:
+            updater.refresh()
+            found = updater.get_targetinfo(path)
+            self._raise_floor(self._seen(path))
+            self._check_ring(path)
+            if found is None:
+                raise NotListed(f"the signed metadata do not name {path}: never released, or withdrawn")
+            target = parse_target(path, found.length, found.hashes.get("sha256", ""), found.custom)
+            judge(target, running, self._product, self.security_floor(target.kind))
+            return replace(target, delta=self._delta(updater, target, running))
 
     def commit(self, security_version: int, kind: str = "agent") -> None:
         """Raise the security floor to that of a release that has proved itself; a lower one changes nothing.
@@ -156,13 +158,17 @@ class Trust:
         """The security version that releases of this kind must have; 0 before anything was committed to."""
         return read_floor(self._floor).security.get(kind, 0)
 
-    def _consult(self, path: str, url: str, now: datetime, running: Running) -> tuple[Target, dict[str, Mark]]:
-        """What the newest metadata say about a path, and how new they are."""
+    @contextmanager
+    def _session(self, url: str, now: datetime) -> "Iterator[Updater]":
+        """python-tuf over our fetcher, our directory and our time."""
         from tuf.ngclient import Updater, UpdaterConfig  # noqa: PLC0415 - 8 MB that an idle agent goes without
 
         from firmware_agent.update.fetch import Fetcher  # noqa: PLC0415
 
-        bootstrap = self._root.read_bytes()
+        try:
+            bootstrap = self._root.read_bytes()
+        except OSError as error:
+            raise BadSignature(f"this image brings no root of trust for updates: {error}") from error
         self._metadata.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self._metadata.glob("tmp*"):
             left.unlink()  # python-tuf's, of a write that a power cut ended
@@ -179,15 +185,19 @@ class Trust:
             updater = Updater(str(self._metadata), url, fetcher=fetcher, config=config, bootstrap=bootstrap)
             # python-tuf takes the system's time; ours comes from whoever knows whether that can be trusted.
             updater._trusted_set.reference_time = now  # noqa: SLF001
-            updater.refresh()
-            found = updater.get_targetinfo(path)
-            seen = self._seen(path)
-            read_floor(self._floor).check(seen)
-            self._check_ring(path)
-            if found is None:
-                raise NotListed(f"the signed metadata do not name {path}: never released, or withdrawn")
-            target = parse_target(path, found.length, found.hashes.get("sha256", ""), found.custom)
-            return replace(target, delta=self._delta(updater, target, running)), seen
+            yield updater
+
+    def _raise_floor(self, seen: Mapping[str, Mark]) -> None:
+        """Refuse metadata older than the floor; make newer ones durable, and then the floor.
+
+        Raises:
+            Downgrade: some role's metadata are older than what this unit has seen.
+        """
+        floor = read_floor(self._floor)
+        floor.check(seen)
+        if (raised := floor.raised(seen)) != floor:
+            _sync_tree(self._metadata)
+            write_floor(self._floor, raised)
 
     def _delta(self, updater: "Updater", target: Target, running: Running) -> Payload | None:
         """The delta from the running release; a delta is a convenience, so a bad one is passed over."""
