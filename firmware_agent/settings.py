@@ -295,6 +295,11 @@ class Paths:
         return self.state / "tuning.json"
 
     @property
+    def shadows(self) -> Path:
+        """Which wish for the settings was looked at last."""
+        return self.state / "shadows.json"
+
+    @property
     def arming(self) -> Path:
         """Armed or not, as of the last change."""
         return self.state / "arming.json"
