@@ -1,23 +1,32 @@
 """The simulated board's image: small, and shaped like the real one, so that the line flashes it in the same way.
 
-An MBR with one FAT-typed partition that holds a tar of `etc/picket/agent.toml`; around it, blocks that are mapped but
-scattered, so that a flash has holes to skip.
+An MBR with one FAT-typed partition that holds a tar of the root file system: the agent's settings, the launcher, the
+first release with the links to it, and the TUF root that updates are trusted by. Around it lie blocks that are mapped
+but scattered, so that a flash has holes to skip.
 """
 
 import io
 import random
+import shutil
 import struct
 import tarfile
+import tempfile
 from pathlib import Path
 
+from firmware_agent.update.archive import Manifest, digest, release_name
 from image import bmap
-from image.manifest import ImageManifest, Package, Partition, digest
+from image.configure import agent_version
+from image.manifest import ImageManifest, Package, Partition
+from image.manifest import digest as file_digest
 
 NAME, VERSION = "picket-sample", "1"
 SIZE = 16 * 2**20
 PARTITION_START = 2**20
-PARTITION_SIZE = 2**20
+PARTITION_SIZE = 4 * 2**20
 SECTOR = 512
+
+AGENT = Path(__file__).parent.parent / "firmware_agent"
+HARDWARE = "picket,simulated"
 
 SETTINGS = """\
 [image]
@@ -30,15 +39,45 @@ heartbeat_seconds = 5
 """
 
 
-def settings_tar(name: str, version: str) -> bytes:
-    """What the simulated board finds on its boot partition."""
-    settings = SETTINGS.format(name=name, version=version).encode()
+def first_release(folder: Path) -> Path:
+    """The agent as it stands here, as a release directory in `folder`, without packages of its own."""
+    tree = folder / "tree"
+    shutil.copytree(AGENT, tree / AGENT.name, ignore=shutil.ignore_patterns("__pycache__"))
+    manifest = Manifest("picket", agent_version(), 1, (HARDWARE,))
+    (tree / "manifest.json").write_bytes(manifest.to_bytes())
+    return tree.rename(folder / release_name(manifest.version, digest(tree).sha256))
+
+
+def system_tar(name: str, version: str, trust: Path | None) -> bytes:
+    """What the simulated board finds in its first partition; the same bytes each time.
+
+    Args:
+        name: of the image.
+        version: of the image.
+        trust: the TUF root that updates are trusted by; without one the unit takes none.
+    """
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        entry = tarfile.TarInfo("etc/picket/agent.toml")
-        entry.size = len(settings)
-        archive.addfile(entry, io.BytesIO(settings))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        release = first_release(Path(folder))
+        _add(archive, "etc/picket/agent.toml", SETTINGS.format(name=name, version=version).encode())
+        _add(archive, "usr/lib/picket/launcher.py", (AGENT / "launcher.py").read_bytes())
+        if trust is not None:
+            _add(archive, "usr/share/picket/root.json", trust.read_bytes())
+        for path in sorted(path for path in release.rglob("*") if path.is_file()):
+            _add(archive, f"opt/picket/releases/{path.relative_to(folder)}", path.read_bytes(), 0o444)
+        link = tarfile.TarInfo("opt/picket/current")
+        link.type, link.linkname = tarfile.SYMTYPE, f"releases/{release.name}"
+        archive.addfile(link)
     return packed.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(content), mode
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def master_boot_record() -> bytes:
@@ -52,8 +91,13 @@ def master_boot_record() -> bytes:
     return bytes(record)
 
 
-def build(description: Path) -> ImageManifest:
-    """Write the sample image, its block map and its description beside each other; the same bytes each time."""
+def build(description: Path, trust: Path | None = None) -> ImageManifest:
+    """Write the sample image, its block map and its description beside each other; the same bytes each time.
+
+    Args:
+        description: where the description goes.
+        trust: the TUF root for the image; without one its units take no updates.
+    """
     folder = description.parent
     folder.mkdir(parents=True, exist_ok=True)
     image, block_map = folder / f"{NAME}.img", folder / f"{NAME}.bmap"
@@ -62,7 +106,7 @@ def build(description: Path) -> ImageManifest:
         file.truncate(SIZE)
         file.write(master_boot_record())
         file.seek(PARTITION_START)
-        file.write(settings_tar(NAME, VERSION))
+        file.write(system_tar(NAME, VERSION, trust))
         for start in range(PARTITION_START + PARTITION_SIZE, SIZE, 2**20):
             file.seek(start)
             file.write(scatter.randbytes(scatter.randrange(1, 2**19)))
@@ -70,14 +114,14 @@ def build(description: Path) -> ImageManifest:
     manifest = ImageManifest(
         name=NAME,
         version=VERSION,
-        agent="-",
+        agent=agent_version(),
         image=image.name,
-        sha256=digest(image),
+        sha256=file_digest(image),
         size=SIZE,
         compressed=None,
         compressed_sha256=None,
         bmap=block_map.name,
-        bmap_sha256=digest(block_map),
+        bmap_sha256=file_digest(block_map),
         kernel="-",
         partitions=(Partition(1, "tar", "SETTINGS", PARTITION_START, PARTITION_SIZE, "-", "-"),),
         packages=(Package("sample", NAME, VERSION),),

@@ -9,12 +9,10 @@ import platform
 import shutil
 import socket
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from factory.drivers.qemu import Child
 from firmware_agent.keys import tpm
-from firmware_agent.settings import Tpm
 
 _LIBRARIES = Path("/usr/lib") / f"{platform.machine()}-linux-gnu"
 _MODULES = (_LIBRARIES / "libtpm2_pkcs11.so.1", _LIBRARIES / "pkcs11/libtpm2_pkcs11.so.1")
@@ -71,10 +69,9 @@ class SoftwareTpm:
         if child is not None:
             child.stop(politely=True)
 
-    def fitted(self, settings: Tpm) -> Tpm:
-        """The settings of a board that this TPM is fitted to."""
-        module = next(path for path in _MODULES if path.exists())
-        return replace(settings, module=module, tcti=self._tcti)
+    def wiring(self) -> dict[str, str]:
+        """The settings by which a board's agent finds this TPM."""
+        return {"module": str(next(path for path in _MODULES if path.exists())), "tcti": self._tcti}
 
 
 def _free_pair() -> int:
