@@ -258,9 +258,8 @@ class Station:
                     advice=f"./station.py cloud register --bench {path}",
                 )
             endpoint = registry.guest_endpoint() if file.cloud.guest else registry.endpoint()
-            hosts = registry.guest_hosts() if file.cloud.guest else ()
         product = Product(file.product, load_limits(), file.labels, endpoint)
-        with closing(open_records(file)) as records, open_bench(file, unit.serial, hosts) as bench:
+        with closing(open_records(file)) as records, open_bench(file, unit.serial, endpoint.host) as bench:
             yield cls(file, unit, bench, product, image, signing, registry, records)
 
     def run(self, *, as_json: bool) -> Attempt:

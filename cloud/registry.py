@@ -22,7 +22,6 @@ from cloud.errors import CloudMisconfigured
 from cloud.handlers import clock, table
 from cloud.jitp import SUBJECT_ATTRIBUTES, missing_parameters, subject_parameters
 from cloud.local import launcher
-from cloud.local.endpoint import DEVICE_DOMAIN
 from cloud.target import Target, translated
 
 #: The roots that AWS IoT's data endpoints chain to: RSA and ECC.
@@ -121,10 +120,6 @@ class Registry:
         if self.target.local is not None:
             return Endpoint(self.target.local.device_host, self.target.local.mqtt_port)
         return self.endpoint()
-
-    def guest_hosts(self) -> tuple[str, ...]:
-        """The names that such a device must find at this machine: MQTT's, and the one that its jobs' URLs have."""
-        return (self.target.local.device_host, DEVICE_DOMAIN) if self.target.local is not None else ()
 
     def trust_bundle(self) -> str:
         """The PEM certificates by which a device knows the endpoint."""

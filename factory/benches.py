@@ -3,7 +3,7 @@
 import fcntl
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +73,18 @@ BOARDS: dict[str, Opener] = {
 
 
 @contextmanager
-def open_bench(file: BenchFile, serial: str, hosts: Sequence[str] = ()) -> Iterator[Bench]:
+def open_bench(file: BenchFile, serial: str, endpoint: str) -> Iterator[Bench]:
     """The bench that a file describes, ours alone until the context ends, and the unit too.
 
     `{serial}` in the board's place stands for the unit's: a simulated or virtual slot gets a board of its own for each
-    unit, and finds it again when the unit comes back. A bench in a network of its own (`cloud.guest`) is told that
-    `hosts` are to be found at the station.
+    unit, and finds it again when the unit comes back. A bench in a network of its own (`cloud.guest`) is told that the
+    host `endpoint` is to be found at the station.
 
     Raises:
         UserMistake: its board's options are wrong, or another command uses it or makes this unit.
         StationFault: one of its drivers cannot be opened.
     """
-    options = file.board.options | ({"hosts": list(hosts)} if file.cloud.guest else {})
+    options = file.board.options | ({"hosts": [endpoint]} if file.cloud.guest else {})
     with (
         _only_one(f"{file.name}.lock", f"bench {file.name}"),
         _only_one(f"{serial}.unit.lock", f"unit {serial}"),

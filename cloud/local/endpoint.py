@@ -16,6 +16,10 @@ ACCESS_KEY = SECRET_KEY = "picketlocal"  # noqa: S105 - opens nothing
 #: Under this name a device outside this machine's network namespace (the virtual Pi) knows the local cloud.
 DEVICE_DOMAIN = "picket.test"
 
+#: And at this address: where QEMU's user network has its host's loopback. A unit takes URLs without TLS from private
+#: addresses only, so a job's URLs cannot use the name.
+DEVICE_ADDRESS = "10.0.2.2"
+
 DEFAULT_STATE = Path("build/cloud")
 DEFAULT_PORT, DEFAULT_MQTT_PORT = 4566, 8883
 

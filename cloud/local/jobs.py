@@ -9,7 +9,7 @@ ministack keeps the jobs, rolls them out, aborts them and speaks to devices. Add
 - an execution in progress is `$next` before any that is queued;
 - nothing is rolled out before a job's start time or outside its maintenance windows;
 - `${aws:iot:s3-presigned-url-upload:…}` in a job document, with ${thingName}, ${jobId}, ${executionNumber} in its key;
-- `https://s3.<region>.amazonaws.com/` in a job document is this machine, under the name by which the device knows it;
+- `https://s3.<region>.amazonaws.com/` in a job document is this machine, at the address where the device finds it;
 - Device Defender answers a report with `accepted` or `rejected`.
 
 Documents: https://docs.aws.amazon.com/iot/latest/developerguide/jobs-configurations-details.html,
@@ -32,7 +32,7 @@ from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from cloud.local.endpoint import ACCOUNT, REGION
+from cloud.local.endpoint import ACCOUNT, DEVICE_ADDRESS, DEVICE_DOMAIN, REGION
 from cloud.local.schedule import may_roll_out
 
 #: Every name of ministack that this file replaces or calls, with the signature that it was written against.
@@ -345,7 +345,11 @@ def presign_uploads(iot: Any) -> None:
             return str(request.url)
 
         document = _UPLOAD.sub(upload, job.get("document") or "{}")
-        text: str = presigned({**job, "document": document})
+        token = iot.jobs_device_host.set(host)
+        try:
+            text: str = presigned({**job, "document": document})
+        finally:
+            iot.jobs_device_host.reset(token)
         return text.replace(f"https://s3.{REGION}.amazonaws.com/", f"http://{host}/")
 
     iot.jobs_describe_execution = describe_and_note
@@ -353,12 +357,10 @@ def presign_uploads(iot: Any) -> None:
 
 
 def _host(iot: Any) -> str:
-    """Our name and port as the asking device knows them: what it dialled, without the labels of IoT's endpoint."""
-    host: str = iot.jobs_device_host.get()
-    if not iot._JOB_PRESIGN_HOST_RE.fullmatch(host):  # noqa: SLF001
-        return f"{iot._MINISTACK_HOST}:{iot._GATEWAY_PORT}"  # noqa: SLF001
-    labels = iot._JOB_PRESIGN_IOT_LABELS_RE.match(host)  # noqa: SLF001
-    return host[labels.end() :] if labels else host
+    """Our address and port as the asking device knows them, by the name that it dialled."""
+    dialled: str = iot.jobs_device_host.get().rpartition(":")[0]
+    away = dialled == DEVICE_DOMAIN or dialled.endswith(f".{DEVICE_DOMAIN}")
+    return f"{DEVICE_ADDRESS if away else 'localhost'}:{iot._GATEWAY_PORT}"  # noqa: SLF001
 
 
 def answer_metrics(iot: Any) -> None:

@@ -4,14 +4,16 @@ import contextlib
 import itertools
 import json
 import queue
+import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
-from awscrt import io, mqtt5
+from awscrt import http, io, mqtt5
 
 from tests.cloud.conftest import Fleet, Unit
 
@@ -21,7 +23,7 @@ SECONDS = 20.0
 class Device:
     """Connected as the unit, subscribed to its jobs, its shadows and its metrics' answers."""
 
-    def __init__(self, fleet: Fleet, unit: Unit) -> None:
+    def __init__(self, fleet: Fleet, unit: Unit, proxy: int | None = None) -> None:
         self.serial = unit.serial
         self.root = f"$aws/things/{unit.serial}"
         self._arrived: dict[str, queue.Queue[dict[str, Any]]] = defaultdict(queue.Queue)
@@ -31,8 +33,9 @@ class Device:
         options.override_default_trust_store(fleet.trust.encode())
         self._client = mqtt5.Client(
             mqtt5.ClientOptions(
-                host_name=fleet.endpoint.host,
+                host_name=fleet.endpoint.host if proxy is None else fleet.registry.guest_endpoint().host,
                 port=fleet.endpoint.port,
+                http_proxy_options=None if proxy is None else http.HttpProxyOptions("127.0.0.1", proxy),
                 tls_ctx=io.ClientTlsContext(options),
                 connect_options=mqtt5.ConnectPacket(client_id=unit.serial, keep_alive_interval_sec=30),
                 on_publish_callback_fn=self._on_message,
@@ -114,3 +117,40 @@ def connected(fleet: Fleet, unit: Unit) -> Iterator[Device]:
         yield device
     finally:
         device.close()
+
+
+@contextmanager
+def connected_as_guest(fleet: Fleet, unit: Unit) -> Iterator[Device]:
+    """A device that dials the guest's name, which a proxy resolves to this machine as a guest's network does."""
+    with ThreadingTCPServer(("127.0.0.1", 0), _Tunnel) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        device = Device(fleet, unit, proxy.server_address[1])
+        try:
+            device.open()
+            yield device
+        finally:
+            device.close()
+            proxy.shutdown()
+
+
+class _Tunnel(StreamRequestHandler):
+    """HTTP CONNECT (RFC 9110, 9.3.6) to any name, which is always this machine."""
+
+    def handle(self) -> None:
+        port = int(self.rfile.readline().split()[1].rpartition(b":")[2])
+        while self.rfile.readline().strip():
+            pass
+        with socket.create_connection(("127.0.0.1", port)) as onward:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=_pump, args=(onward, self.request), daemon=True)
+            back.start()
+            _pump(self.request, onward)
+            back.join()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cloud.local.jobs import deadline, judge_report, retry_due
 from cloud.local.schedule import may_roll_out, parse_window
 from tests.cloud.conftest import Fleet, Unit, eventually
-from tests.cloud.device import Device, connected
+from tests.cloud.device import Device, connected, connected_as_guest
 
 S3 = "https://s3.us-east-1.amazonaws.com"
 _count = itertools.count(1)
@@ -349,13 +349,35 @@ def test_a_document_carries_urls_that_its_reader_can_use_and_nobody_can_bend(
     assert found is not None
     urls = found["jobDocument"]
     url = urls["urls"]["agent/a.tar.zst"]
-    assert url.startswith("http://localhost:")  # the name by which this device dialled
+    assert url.startswith("http://localhost:")  # a device of this machine
     assert _fetch(url, Range="bytes=3-5") == (206, b"345")
     assert _fetch(url.replace("a.tar", "b.tar"))[0] == 403
     assert _fetch(url.partition("?")[0])[0] == 403
     assert _fetch(urls["secret"])[0] == 403  # the role reads archives only
     assert _fetch(urls["metadata"] + "timestamp.json") == (200, b"{}")
     assert _fetch(urls["metadata"] + "timestamp.json", "PUT", b"evil")[0] == 403
+
+
+def test_a_guest_is_given_urls_with_the_address_where_it_finds_this_machine(fleet: Fleet) -> None:
+    guest = fleet.unit()
+    bucket = fleet.outputs["Releases"]
+    fleet.target.s3.put_object(Bucket=bucket, Key="targets/agent/a.tar.zst", Body=b"0123456789")
+    document = {
+        "metadata": f"{S3}/{fleet.outputs['Metadata']}/",
+        "url": f"${{aws:iot:s3-presigned-url-v2:{S3}/{bucket}/targets/agent/a.tar.zst}}",
+    }
+    _job(fleet, guest.serial, document=document, presignedUrlConfig={"roleArn": fleet.outputs["DownloadRole"]})
+
+    with connected_as_guest(fleet, guest) as device:
+        found = device.next_job()
+
+    assert found is not None
+    port = fleet.cloud.url.rpartition(":")[2]
+    here = f"http://10.0.2.2:{port}/"
+    url = found["jobDocument"]["url"]
+    assert (url.startswith(here), found["jobDocument"]["metadata"].startswith(here)) == (True, True)
+    assert _fetch(url.replace("10.0.2.2", "127.0.0.1"), Host=f"10.0.2.2:{port}") == (200, b"0123456789")
+    _clear(fleet, guest)
 
 
 def test_an_upload_goes_where_the_document_says_and_nowhere_else(fleet: Fleet, unit: Unit, device: Device) -> None:

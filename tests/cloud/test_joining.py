@@ -267,10 +267,3 @@ def test_a_canary_stays_one_whatever_it_says(fleet: Fleet) -> None:
     eventually(lambda: fleet.rows(unit.serial, "DEVICE") and "ring_given_at" in fleet.rows(unit.serial, "DEVICE")[0])
 
     assert _rings(fleet, unit) == {"picket-canary"}
-
-
-def test_the_guest_is_told_where_its_jobs_urls_lead(fleet: Fleet) -> None:
-    hosts = fleet.registry.guest_hosts()
-
-    assert fleet.registry.guest_endpoint().host in hosts
-    assert {host.removeprefix(hosts[0]) for host in hosts[1:]} == {"picket.test"}
