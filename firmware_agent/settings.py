@@ -280,6 +280,11 @@ class Paths:
         return self.state / "jobs"
 
     @property
+    def reboot_request(self) -> Path:
+        """Written by a job; a root service on the unit restarts the board."""
+        return self.state / "reboot-request"
+
+    @property
     def tuf(self) -> Path:
         """Signed update metadata, as far as it was seen."""
         return self.state / "tuf"

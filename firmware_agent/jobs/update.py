@@ -255,7 +255,7 @@ class Update:
         if self._running != release:
             instead = f"{self._running} was started instead of {release}"
             return Failed("crashed", self._given_up(context.key) or instead)
-        if (problem := self._until(self._health, self._limits.health_seconds, context)) is not None:
+        if (problem := until(self._health, self._limits.health_seconds, context, self._clock)) is not None:
             return Failed("unhealthy", f"{release}: {problem}")
         if not context.memo.get("online", True):
             return Next()  # the release before had no connection either
@@ -264,19 +264,9 @@ class Update:
             reached = self._link.connected() and context.confirm()
             return None if reached else f"it does not reach the cloud, which {context.memo.get('from')} did"
 
-        if (problem := self._until(reached, self._limits.soft_seconds, context)) is not None:
+        if (problem := until(reached, self._limits.soft_seconds, context, self._clock)) is not None:
             return Failed("unhealthy", f"{release}: {problem}")
         return Next()
-
-    def _until(self, problem: Callable[[], str | None], seconds: float, context: Context) -> str | None:
-        """Wait until there is no problem; the last one when the time is over."""
-        end = self._clock() + seconds
-        while (found := problem()) is not None:
-            left = end - self._clock()
-            if left <= 0:
-                return f"{found} ({seconds:g} s)"
-            context.wait(min(left, _TICK_SECONDS))
-        return None
 
     def _commit(self, context: Context) -> Result:
         release = context.memo["release"]
@@ -340,6 +330,19 @@ class Update:
 def judged(fault: TrustFault) -> Result:
     """What a release that is not taken comes to: REJECTED, unless the same job may end better later."""
     return Failed("download", str(fault)) if fault.retry else Rejected(fault.code, str(fault))
+
+
+def until(
+    problem: Callable[[], str | None], seconds: float, context: Context, clock: Callable[[], float]
+) -> str | None:
+    """Wait until there is no problem; the last one when the time is over."""
+    end = clock() + seconds
+    while (found := problem()) is not None:
+        left = end - clock()
+        if left <= 0:
+            return f"{found} ({seconds:g} s)"
+        context.wait(min(left, _TICK_SECONDS))
+    return None
 
 
 def fetch(context: Context, signed: Payload, get: Callable[..., Path]) -> Path:
