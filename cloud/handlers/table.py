@@ -7,6 +7,7 @@
 | UNIT#<serial> | DEVICE | register_device | what the device said last, first_seen, last_seen |
 | UNIT#<serial> | OWNER | registry.owner | phone, timezone |
 | UNIT#<serial> | EVENT#<at>#<event id> | process_alarm | the alarm as the device sent it |
+| ROTATIONS | <serial> | rotate_certificate | the unit's latest change of its certificate: how far it has come |
 | UNIT#<serial> | SMS#<event id> | process_alarm | who sends the text, where it went: once per event |
 """
 
@@ -20,6 +21,9 @@ FACTORY = "FACTORY"
 DEVICE = "DEVICE"
 OWNER = "OWNER"
 
+#: All rotations of the fleet under one key: the daily look for abandoned ones is one query. They are rare.
+ROTATIONS = "ROTATIONS"
+
 Key = dict[str, "AttributeValueTypeDef"]
 
 
@@ -31,6 +35,11 @@ def unit_key(serial: str, sort: str) -> Key:
 def certificate_key(certificate_id: str) -> Key:
     """The key of the item that leads from a certificate to its unit."""
     return {"pk": {"S": f"CERTIFICATE#{certificate_id}"}, "sk": {"S": FACTORY}}
+
+
+def rotation_key(serial: str) -> Key:
+    """The key of a unit's latest rotation."""
+    return {"pk": {"S": ROTATIONS}, "sk": {"S": serial}}
 
 
 def event_sort(at: str, event_id: str) -> str:

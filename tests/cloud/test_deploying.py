@@ -49,6 +49,7 @@ def test_every_function_runs_on_the_same_python_and_has_a_role_of_its_own(expand
     assert {name: each["Role"]["Fn::GetAtt"][0] for name, each in functions.items()} == {
         "ProcessAlarm": "ProcessAlarmRole",
         "RegisterDevice": "RegisterDeviceRole",
+        "RotateCertificate": "RotateCertificateRole",
     }
 
 
@@ -69,7 +70,7 @@ def test_every_rule_has_an_error_action_and_leave_to_call_its_function(expanded:
 def test_what_no_retry_could_handle_goes_to_the_dead_letters(expanded: dict[str, Any]) -> None:
     configs = _of_type(expanded, "AWS::Lambda::EventInvokeConfig").values()
 
-    assert {each["FunctionName"]["Ref"] for each in configs} == {"ProcessAlarm", "RegisterDevice"}
+    assert {each["FunctionName"]["Ref"] for each in configs} == {"ProcessAlarm", "RegisterDevice", "RotateCertificate"}
     for each in configs:
         assert each["DestinationConfig"]["OnFailure"]["Destination"] == {"Fn::GetAtt": ["DeadLetters", "Arn"]}
 
@@ -88,6 +89,7 @@ def test_no_role_may_do_everything_and_only_a_few_actions_have_no_resource(expan
 
     assert everywhere == {
         "sns:Publish",  # a phone number is no resource; topics are denied beside it
+        "iot:CreateCertificateFromCsr",  # a certificate that does not exist yet has no name
         "iot:RegisterThing",
         "iot:RegisterCertificate",
         "iot:GetPolicy",
