@@ -33,7 +33,9 @@ SETTINGS = """\
 name = "{name}"
 version = "{version}"
 [pir]
-warm_up_seconds = 1
+warm_up_seconds = 0.5
+[tamper.lines]
+"pinctrl-bcm2835" = 27
 [tuning]
 heartbeat_seconds = 5
 """

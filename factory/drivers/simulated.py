@@ -63,6 +63,7 @@ from firmware_agent.wire import Banner, Stream
 MEDIUM_BYTES = 64 * 2**20
 GPIO_CHIP = "pinctrl-bcm2835"
 PIR_LINE = 17
+CASE_LINE = 27
 CELSIUS, HOT_CELSIUS = 41.5, 97.0
 BANNER_SECONDS = 0.05
 #: Of the station's environment, what a program needs to run at all.
@@ -89,7 +90,7 @@ class SimulatedBoard:
         )
         # Unix sockets have short names (108 bytes), folders of tests have not.
         self.sockets = Path(tempfile.mkdtemp(prefix="picket-"))
-        self._gpio = GpioServer(self.sockets / "gpio", GPIO_CHIP, frozenset({PIR_LINE}))
+        self._gpio = GpioServer(self.sockets / "gpio", GPIO_CHIP, frozenset({PIR_LINE, CASE_LINE}))
         self.pir = Pir(
             lambda high: self._gpio.drive(PIR_LINE, high=high),
             fault=next((PirFault(one) for one in sorted(faults) if one in set(PirFault)), None),
@@ -121,6 +122,7 @@ class SimulatedBoard:
     def _on(self) -> None:
         if self._system is None:
             self.pir.power(on=True)
+            self.close_case()
             self._boot()
 
     def _off(self) -> None:
@@ -178,6 +180,14 @@ class SimulatedBoard:
     def wave(self) -> None:
         """Move in front of the sensor."""
         self.pir.wave()
+
+    def open_case(self) -> None:
+        """Open the case: its loop is cut, and a pull-down takes the line."""
+        self._gpio.drive(CASE_LINE, high=False)
+
+    def close_case(self) -> None:
+        """Close the case."""
+        self._gpio.drive(CASE_LINE, high=True)
 
     # --- inside ----------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,6 @@ EXIT_RESTART: Final = 5
 HALTED: Final = frozenset({4, 78})
 
 _POLL_SECONDS: Final = 0.05
-_ABORT_SECONDS: Final = 2.0
 #: A product that ran for so long did not fail at its start: the pauses begin anew.
 _STEADY_SECONDS: Final = 10.0
 
@@ -54,6 +53,7 @@ class Config:
         reboot_request: the file by which it asks for a reboot.
         start_seconds: how long it may take to be ready.
         watchdog_seconds: how long it may be silent once it is ready.
+        abort_seconds: how long it may take to die of a SIGABRT.
         stop_seconds: how long it may take to end when it is asked to.
         restart_seconds: the first pause before it is started again; each further one is twice as long.
         restart_max_seconds: the longest pause.
@@ -66,6 +66,7 @@ class Config:
     reboot_request: str
     start_seconds: float = 120.0
     watchdog_seconds: float = 60.0
+    abort_seconds: float = 2.0
     stop_seconds: float = 10.0
     restart_seconds: float = 0.1
     restart_max_seconds: float = 10.0
@@ -152,7 +153,7 @@ class Product:
             say("the watchdog has barked" if self.ready else "the product does not get ready")
             self._process.send_signal(signal.SIGABRT)
         self._killed = True
-        self._deadline = time.monotonic() + _ABORT_SECONDS
+        self._deadline = time.monotonic() + self._config.abort_seconds
 
     def stop(self) -> None:
         """End it politely, or else by force."""
