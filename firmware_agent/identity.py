@@ -2,7 +2,10 @@
 
 A set is one directory that is never changed after it is complete; `identity` is a symlink to the set in force. So a
 reader sees one set or the other, never a new leaf beside an old endpoint, and a plug pulled at any moment leaves the
-old set or the new one.
+old set or the new one. The set also names the slot of its key, so that one rename switches the pair.
+
+While a certificate is rotated there are two sets, each known by its name: `write` adds one, `use` puts one in force,
+and `keep_only_in_force` ends it. All three can be repeated.
 """
 
 import hashlib
@@ -25,6 +28,9 @@ _CHAIN: Final = "chain.pem"
 _TRUST: Final = "trust.pem"
 _ENDPOINT: Final = "endpoint.json"
 
+#: Whom AWS names in a certificate that it made from a CSR without a name.
+_NAMELESS: Final = "AWS IoT Certificate"
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -37,6 +43,9 @@ class Identity:
         host: the endpoint's name, also the TLS server name.
         port: its TCP port.
         batch: the work order.
+        slot: of the key that the leaf is for (`firmware_agent.keys`); "" is the factory's.
+        rotation: which rotation brought it; "" for the factory's.
+        replaces: the name of the set that it replaced; "" for the factory's.
     """
 
     serial: str
@@ -45,6 +54,9 @@ class Identity:
     host: str
     port: int
     batch: str
+    slot: str = ""
+    rotation: str = ""
+    replaces: str = ""
 
     @property
     def leaf(self) -> x509.Certificate:
@@ -78,6 +90,9 @@ def check(identity: Identity, key: ec.EllipticCurvePublicKey, board: str) -> Non
 
     The validity dates are left to the TLS handshake: a unit fresh from the flasher may not know the time.
 
+    A certificate that came by rotation stands alone and may name nobody: AWS signs it with a CA of its own, which is in
+    no chain of ours, and only its key says whose it is (docs/adr/0058). What the factory burns in must have both.
+
     Raises:
         BadCertificate: they do not parse, or the second did not issue the first.
         KeyMismatch: the leaf is for another key than `key`.
@@ -85,50 +100,95 @@ def check(identity: Identity, key: ec.EllipticCurvePublicKey, board: str) -> Non
     """
     chain = _certificates(identity.chain, "chain")
     _certificates(identity.trust, "trust bundle")
-    if len(chain) < 2:
-        raise BadCertificate("the chain has one certificate; the leaf and its signing CA are needed")
-    leaf, issuer = chain[:2]
-    try:
-        leaf.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature) as error:
-        raise BadCertificate("the second certificate of the chain did not issue the first") from error
+    leaf = chain[0]
+    if not identity.slot:
+        _check_issuer(chain)
     if leaf.public_key() != key:
         raise KeyMismatch("the certificate is for another key than this unit's; enrol again and certify the new CSR")
-    if _subject(leaf, NameOID.COMMON_NAME) != [identity.serial]:
-        raise WrongSubject(f"the certificate names {_subject(leaf, NameOID.COMMON_NAME)}, not {identity.serial}")
-    boards = _subject(leaf, NameOID.SERIAL_NUMBER)
+    names, boards = _subject(leaf, NameOID.COMMON_NAME), _subject(leaf, NameOID.SERIAL_NUMBER)
+    if names != [identity.serial] and not (identity.slot and names in ([], [_NAMELESS])):
+        raise WrongSubject(f"the certificate names {names}, not {identity.serial}")
     if boards and boards != [board]:
         raise WrongSubject(f"the certificate is for the board {boards}, not {board}")
 
 
+def _check_issuer(chain: list[x509.Certificate]) -> None:
+    if len(chain) < 2:
+        raise BadCertificate("the chain has one certificate; the leaf and its signing CA are needed")
+    try:
+        chain[0].verify_directly_issued_by(chain[1])
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise BadCertificate("the second certificate of the chain did not issue the first") from error
+
+
 def install(link: Path, identity: Identity) -> None:
-    """Put `identity` in force behind the symlink `link`; the same set again changes nothing."""
-    endpoint = {"host": identity.host, "port": identity.port, "batch": identity.batch, "serial": identity.serial}
+    """Put `identity` in force behind the symlink `link`, and no other; the same set again changes nothing."""
+    use(link, write(link, identity))
+    keep_only_in_force(link)
+
+
+def write(link: Path, identity: Identity) -> str:
+    """Keep `identity` beside the one in force, whole and durable; the name of its set, which its content decides."""
+    endpoint: dict[str, str | int] = {
+        "host": identity.host,
+        "port": identity.port,
+        "batch": identity.batch,
+        "serial": identity.serial,
+    }
+    if identity.slot:
+        endpoint |= {"slot": identity.slot, "rotation": identity.rotation, "replaces": identity.replaces}
     contents = {
         _CHAIN: identity.chain.encode(),
         _TRUST: identity.trust.encode(),
         _ENDPOINT: json.dumps(endpoint).encode(),
     }
-    digest = hashlib.sha256(b"\0".join(contents[name] for name in sorted(contents))).hexdigest()[:16]
-    sets = link.with_name(link.name + ".d")
-    sets.mkdir(mode=0o700, exist_ok=True)
-    new = sets / digest
+    name = hashlib.sha256(b"\0".join(contents[name] for name in sorted(contents))).hexdigest()[:16]
+    _sets(link).mkdir(mode=0o700, exist_ok=True)
+    new = _sets(link) / name
     if not new.exists():
         files.write_directory(new, contents)
-    files.point(link, f"{sets.name}/{digest}")
-    for old in sets.iterdir():
-        if old.name != digest:  # an older set, or what a crash left behind
-            shutil.rmtree(old, ignore_errors=True)
+    return name
 
 
-def load(link: Path) -> Identity:
-    """The identity in force, read from the disk.
+def use(link: Path, name: str) -> None:
+    """Put the set `name` in force, atomically and durably."""
+    files.point(link, f"{_sets(link).name}/{name}")
+
+
+def in_force(link: Path) -> str:
+    """The name of the set in force.
 
     Raises:
         WrongState: nothing was burnt in yet.
     """
     try:
-        directory = link.resolve(strict=True)
+        return link.readlink().name
+    except FileNotFoundError as error:
+        raise WrongState("nothing is burnt in yet; run burn-in first") from error
+
+
+def others(link: Path) -> tuple[str, ...]:
+    """The names of the sets that are not in force; none is half a set."""
+    now = in_force(link)
+    return tuple(sorted(one.name for one in _sets(link).iterdir() if one.name != now and not one.name.startswith(".")))
+
+
+def keep_only_in_force(link: Path) -> None:
+    """Remove all other sets, and what crashes left behind."""
+    now = in_force(link)
+    for old in _sets(link).iterdir():
+        if old.name != now:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load(link: Path, name: str | None = None) -> Identity:
+    """An identity, read from the disk: the one in force, or the set `name`.
+
+    Raises:
+        WrongState: nothing was burnt in yet, or there is no such set.
+    """
+    try:
+        directory = link.resolve(strict=True) if name is None else _sets(link) / name
         endpoint = json.loads((directory / _ENDPOINT).read_bytes())
         return Identity(
             serial=endpoint["serial"],
@@ -137,6 +197,13 @@ def load(link: Path) -> Identity:
             host=endpoint["host"],
             port=endpoint["port"],
             batch=endpoint["batch"],
+            slot=endpoint.get("slot", ""),
+            rotation=endpoint.get("rotation", ""),
+            replaces=endpoint.get("replaces", ""),
         )
     except FileNotFoundError as error:
         raise WrongState("nothing is burnt in yet; run burn-in first") from error
+
+
+def _sets(link: Path) -> Path:
+    return link.with_name(link.name + ".d")
