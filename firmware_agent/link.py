@@ -193,6 +193,11 @@ class Link:
         """Look into the spool now; `urgent` also shortens the wait for the next attempt to connect."""
         self._inbox.put(_Wake(urgent))
 
+    def connected_as(self) -> str | None:
+        """The id of the certificate that the present connection was made with; None without one."""
+        up = self._session
+        return up.certificate_id if up is not None and up.greeted else None
+
     def use(self, identity: Identity, key: keys.DeviceKey) -> None:
         """Leave the connection, and make the next one with another certificate and its key."""
         self._inbox.put(_Swap(identity, key))
@@ -242,7 +247,11 @@ class Link:
             NotDeliveredError: there is no link, the feature is on hold, or no answer came in time.
             Refused: the cloud said no.
         """
-        return self._usable(topic).ask(topic, body, timeout=timeout, token=token)
+        answer = self._usable(topic).ask(topic, body, timeout=timeout, token=token)
+        told = answer.get("timestamp")
+        if isinstance(told, int) and topics.feature(topic) in {"jobs", "shadow"}:  # whole seconds, AWS's own
+            self.timekeeper.confirm(told)
+        return answer
 
     def _greeted(self) -> Session | None:
         up = self._session
@@ -282,6 +291,7 @@ class Link:
         finally:
             self._end_session("the agent ends", hung_up=False)
             self._state, self._detail = "offline", "the agent ends"
+            self.timekeeper.keep()  # before a planned reboot, too
             if connection is not None:
                 connection.stop()
 
@@ -358,7 +368,8 @@ class Link:
         match change:
             case Up():
                 self._state, self._up_since = "connected", time.monotonic()
-                self._session = _Up(Session(connection, self._quarantine, self._pace))
+                session = Session(connection, self._quarantine, self._pace)
+                self._session = _Up(session, self._identity.certificate_sha256)
                 self._delivery.begin()
                 self._detail = f"connected to {self._identity.host}"
                 self._notify.status(self._detail)
@@ -469,8 +480,9 @@ class Link:
 class _Up:
     """How far a session has come; the link's thread changes it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, certificate_id: str) -> None:
         self.session = session
+        self.certificate_id = certificate_id
         self.hello_at: float | None = 0.0  # when to say it; None when it is on its way or said
         self.greeted = False
         self.made: set[_Subscription] = set()

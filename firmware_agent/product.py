@@ -92,8 +92,8 @@ class Product:
         with ExitStack() as opened:
             store = keys.open_store(self._settings)
             opened.callback(store.close)
-            key = store.load()
             found = identity.load(paths.identity)
+            key = store.load(found.slot)
             identity.check(found, key.public_key(), self._board.facts().serial)
             spool = opened.enter_context(open_spool(paths.spool))
             pir = opened.enter_context(self._pins.pir())
