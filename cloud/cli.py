@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cloud import stack
+from cloud import ceremony, stack
 from cloud.doctor import examine
 from cloud.errors import CloudError
 from cloud.local import launcher
@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(ceremony.app, name="keys")
 
 State = Annotated[Path, typer.Option("--state", help="Where the local cloud keeps its state.")]
 Port = Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free one.", min=0, max=65535)]

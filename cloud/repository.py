@@ -342,6 +342,13 @@ class Repository:
             if self._is_half_spent(cast("Metadata[Any]", self.in_force(status.role)).signed, status.role)
         )
 
+    def keys_of(self, role: str) -> list[tuple[str, Key]]:
+        """Holder and public key of whoever may sign for a role; empty if there is no such role."""
+        parent = self._newest("targets" if role in self._delegated() else "root").signed
+        if isinstance(parent, Root) and role not in parent.roles:
+            return []
+        return [(_holder(key), key) for key in _role_and_keys(parent, role)[1]]
+
     def releases(self, ring: str | None = None) -> list[Release]:
         """The releases that units can be sent, the newest first; `ring` leaves the other one out."""
         found = []
