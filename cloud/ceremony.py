@@ -107,7 +107,7 @@ def sign(
 ) -> None:
     """Add your signatures to what is staged."""
     found = Repository(repository)
-    signers = _load(keys, passphrase_file)
+    signers = load_signers(keys, passphrase_file)
     roles = [role] if role else list(found.staged_roles())
     if not roles:
         _say("Nothing waits for signatures.")
@@ -126,7 +126,7 @@ def publish(
 ) -> None:
     """Put in force what is fully signed, with the online keys."""
     found = Repository(repository)
-    done = found.publish(_load(keys, passphrase_file))
+    done = found.publish(load_signers(keys, passphrase_file))
     _say(f"In force now: {', '.join((*done, 'timestamp'))}.")
     _say_waiting(found)
 
@@ -142,7 +142,7 @@ def renew(
     Run it each day with the online keys; what it then says is waiting is for the holders.
     """
     found = Repository(repository)
-    signers = _load(keys, passphrase_file)
+    signers = load_signers(keys, passphrase_file)
     due = found.due()
     for role in due:
         if role not in ONLINE and found.staged(role) is None:
@@ -258,7 +258,8 @@ def _going(repository: Repository, role: str, keys: Path, old: str | None) -> st
     return found[0]
 
 
-def _load(directories: Sequence[Path], passphrase_file: Path | None) -> list[CryptoSigner]:
+def load_signers(directories: Sequence[Path], passphrase_file: Path | None) -> list[CryptoSigner]:
+    """All keys of these directories; asks for each passphrase where no file has it."""
     return [
         signer
         for directory in directories
