@@ -87,29 +87,10 @@ class Boot:
         Raises:
             ValueError: it is none, or one of another format.
         """
-        value = json.loads(data)
+        value = _parse(data)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError("not a boot.json of format 1")
-        trial, rolled_back = value.get("trial"), value.get("rolled_back")
-        return cls(
-            trial
-            and Trial(
-                _name(trial, "release"),
-                _name(trial, "from"),
-                _count(trial, "attempts"),
-                _count(trial, "limit"),
-                _text(trial, "job"),
-            ),
-            rolled_back
-            and RolledBack(
-                _name(rolled_back, "release"),
-                _name(rolled_back, "to"),
-                _text(rolled_back, "reason"),
-                _count(rolled_back, "attempts"),
-                _text(rolled_back, "job"),
-            ),
-            _count(value, "unsteady"),
-        )
+        return cls(_trial(value.get("trial")), _rolled_back(value.get("rolled_back")), _count(value, "unsteady"))
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -129,6 +110,37 @@ class Boot:
         }
         value = {"format": FORMAT, "trial": trial, "rolled_back": rolled_back, "unsteady": self.unsteady}
         return json.dumps(value).encode() + b"\n"
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _trial(table: Any) -> Trial | None:
+    if table is None:
+        return None
+    return Trial(
+        _name(table, "release"),
+        _name(table, "from"),
+        _count(table, "attempts"),
+        _count(table, "limit"),
+        _text(table, "job"),
+    )
+
+
+def _rolled_back(table: Any) -> RolledBack | None:
+    if table is None:
+        return None
+    return RolledBack(
+        _name(table, "release"),
+        _name(table, "to"),
+        _text(table, "reason"),
+        _count(table, "attempts"),
+        _text(table, "job"),
+    )
 
 
 def _member(table: Any, key: str, kind: type) -> Any:
@@ -262,7 +274,7 @@ def names(directory: Path) -> list[str]:
 def looks_intact(release: Path) -> bool:
     """Whether a release has its two ends: the manifest, which was written first, and the program."""
     try:
-        manifest = json.loads((release / "manifest.json").read_bytes())
+        manifest = _parse((release / "manifest.json").read_bytes())
         return isinstance(manifest, dict) and (release / "firmware_agent/__main__.py").is_file()
     except (OSError, ValueError):
         return False
