@@ -53,6 +53,7 @@ class Refused(Exception):
 @dataclass(frozen=True, eq=False)
 class _Question:
     topic: str
+    token: bool
     answer: "Future[Answer]"
 
 
@@ -72,6 +73,7 @@ class Session:
         self._lock = threading.Lock()
         self._over: str | None = None
         self._waiting: dict[Operation, int] = {}
+        self._kept: set[str] = set()
         self._answers: OrderedDict[str, Future[None]] = OrderedDict()
         self._questions: dict[str, _Question] = {}
 
@@ -83,6 +85,11 @@ class Session:
 
     def subscribe(self, feature: str, filters: Sequence[str]) -> "Future[None]":
         """Ask for what matches `filters`; done when the broker has agreed, or holds `NotDeliveredError`."""
+        with self._lock:
+            self._kept.update(filters)
+        return self._asked_for(feature, filters)
+
+    def _asked_for(self, feature: str, filters: Sequence[str]) -> "Future[None]":
         return self._watched(Operation(feature, filters[0]), self._connection.subscribe(filters))
 
     def ask(self, topic: str, body: Mapping[str, Any], *, timeout: float, token: bool) -> Answer:
@@ -90,7 +97,7 @@ class Session:
         end = time.monotonic() + timeout
         _wait(self._subscribed(topic), end)
         name = secrets.token_hex(8)
-        question = _Question(topic, Future())
+        question = _Question(topic, token, Future())
         with self._lock:
             if self._over is not None:
                 raise NotDeliveredError(self._over)
@@ -141,11 +148,17 @@ class Session:
     # ---------------------------------------------------------------------------------------------------------------
 
     def _question(self, topic: str, token: object) -> _Question | None:
-        """Takes out who asked: by the token, or the first on this topic where the service knows no tokens."""
+        """Takes out who asked: by the token, or the first on this topic that asks a service without tokens.
+
+        Others' requests are answered on the same topic, and need not have a token.
+        """
         with self._lock:
-            if token is None:
-                token = next((name for name, question in self._questions.items() if question.topic == topic), "")
-            return self._questions.pop(token, None) if isinstance(token, str) else None
+            if isinstance(token, str):
+                return self._questions.pop(token, None)
+            for name, question in self._questions.items():
+                if question.topic == topic and not question.token:
+                    return self._questions.pop(name)
+            return None
 
     def _subscribed(self, topic: str) -> "Future[None]":
         """The subscription to a topic's answers: made once in a session, the longest unused ones let go."""
@@ -154,12 +167,13 @@ class Session:
             if known is not None and not (known.done() and known.exception() is not None):
                 self._answers.move_to_end(topic)
                 return known
-        made = self.subscribe(topics.feature(topic), [topic + _ACCEPTED, topic + _REJECTED])
+        made = self._asked_for(topics.feature(topic), [topic + _ACCEPTED, topic + _REJECTED])
         with self._lock:
             self._answers[topic] = made
-            unused = self._answers.popitem(last=False)[0] if len(self._answers) > _ANSWERED_TOPICS else None
-        if unused is not None:
-            self._connection.unsubscribe([unused + _ACCEPTED, unused + _REJECTED])
+            old = self._answers.popitem(last=False)[0] if len(self._answers) > _ANSWERED_TOPICS else None
+            unused = [old + end for end in (_ACCEPTED, _REJECTED) if old + end not in self._kept] if old else []
+        if unused:
+            self._connection.unsubscribe(unused)
         return made
 
     def _watched(self, operation: Operation, future: "Future[None]") -> "Future[None]":
