@@ -1,4 +1,4 @@
-"""The cloud's command line: `python -m cloud up|down|deploy|doctor|sms`.
+"""The cloud's command line: `python -m cloud up|down|deploy|doctor|sms|keys|fleet`.
 
 Exit codes: 0 done, 2 a mistake on the command line, 3 the cloud cannot be used, or the doctor found it wanting.
 """
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cloud import ceremony, stack
+from cloud import ceremony, fleet_commands, stack
 from cloud.doctor import examine
 from cloud.errors import CloudError
 from cloud.local import launcher
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(ceremony.app, name="keys")
+app.add_typer(fleet_commands.app, name="fleet")
 
 State = Annotated[Path, typer.Option("--state", help="Where the local cloud keeps its state.")]
 Port = Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free one.", min=0, max=65535)]

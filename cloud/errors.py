@@ -6,6 +6,7 @@ CloudError
 │   ├── DeployError       CloudFormation gave up on a resource
 │   └── StackMissingError      nothing is deployed there
 ├── RepositoryFault       the update repository, a release or a key is not as it must be -> what the message says
+├── NotYet                a release must not go out, or not like this           -> what the message says, then again
 └── LocalCloudError       the local cloud cannot start or is not what we pinned
 """
 
@@ -28,6 +29,10 @@ class StackMissingError(CloudMisconfigured):
 
 class DeployError(CloudMisconfigured):
     """CloudFormation refused the stack; the message carries the first resource's own reason."""
+
+
+class NotYet(CloudError):
+    """A release must not go out, or not like this; the message says what is missing."""
 
 
 class LocalCloudError(CloudError):

@@ -55,7 +55,7 @@ class Target:
         return Config(
             connect_timeout=5,
             read_timeout=30,
-            retries={"mode": "standard", "max_attempts": 1 if self.local else 4},
+            retries={"mode": "standard", "max_attempts": 1 if self.local else 8},
             s3={"addressing_style": "path"},
             proxies={} if self.local else None,  # a proxy has no way to this machine's loopback
         )
