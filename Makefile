@@ -10,7 +10,7 @@ ONLY ?=
 PACKAGES := image factory firmware_agent cloud station.py tests bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vm test test-vm check format lock setup image cloud cloud-up cloud-down doctor bench clean
+.PHONY: help demo demo-vm test test-vm check format lock setup image release cloud cloud-up cloud-down doctor bench clean
 
 help: ## show this help
 	@echo "Picket: put Raspberry Pi products into the world."
@@ -59,6 +59,10 @@ setup: ## install the system packages that are missing (root)
 
 image: setup $(VENV)/.station ## build the OS image into build/image
 	@$(BIN)/python -m image build
+
+release: $(VENV)/.station ## build a release of the agent; VERSION=1.2.0 FOR=simulated FROM=older.tar.zst
+	@if [ "$(or $(FOR),device)" = device ]; then sh image/setup.sh; fi
+	@$(BIN)/python -m image release --for $(or $(FOR),device) $(if $(VERSION),--version $(VERSION)) $(foreach old,$(FROM),--from $(old))
 
 cloud: $(VENV)/.station ## deploy the stack to the local cloud, or TARGET=aws
 	@if [ "$(TARGET)" = local ]; then $(BIN)/python -m cloud up; fi

@@ -82,7 +82,7 @@ def init(
         _say_waiting(made)
         return
     made.publish(signers)
-    _say(f"{repository} is published. Its root goes into the image: {repository}/metadata/1.root.json")
+    _say(f"{repository} is published. Its root goes into the image: {repository}/root.json")
     _say(f"Now give each holder their directory of {keys}, and delete it here.")
 
 

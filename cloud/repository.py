@@ -3,6 +3,7 @@
     <repository>/metadata/   what units fetch: N.root.json, N.<role>.json, timestamp.json      (served)
     <repository>/targets/    what they download, named by digest: agent/<sha256>.<file>         (served)
     <repository>/staged/     new metadata that wait for signatures                              (not served)
+    <repository>/root.json   the newest root, for the next image                                (not served)
 
 Roles, for a product called `picket`:
 
@@ -549,6 +550,7 @@ class Repository:
                 _write(self._metadata / f"{metadata.signed.version}.{role}.json", metadata)
             _write(self._metadata / f"{snapshot.signed.version}.snapshot.json", snapshot)
             _write(self._metadata / "timestamp.json", timestamp)
+            _write(self.directory / "root.json", root)
             for role in ready:
                 (self.directory / "staged" / f"{role}.json").unlink()
         return ready

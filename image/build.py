@@ -1,6 +1,5 @@
 """How an image comes to be: `build_image` is the whole story, from the recipe to the description."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from image import base, bmap, boot, configure, disk, factory_key, wheels
+from image.cache import held
 from image.manifest import ImageManifest, Package, Partition, digest
 from image.recipe import Recipe
+from image.release import agent_version
 from image.run import run
 
 _HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def build_image(
     output.mkdir(parents=True, exist_ok=True)
     signature = disk.identifier(recipe.name, recipe.version, "disk").int >> 96 or 1
     boot_partuuid, root_partuuid = disk.partuuid(signature, 1), disk.partuuid(signature, 2)
-    with _only_build(cache), tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
+    with held(cache), tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
         working = Path(name)
         root, boot_tree, image = working / "root", working / "boot", working / "picket.img"
 
@@ -66,7 +67,7 @@ def build_image(
         with stage("unpack"):
             root_base.unpack(root)
         with stage("agent and settings"):
-            configure.install_agent(root, root_base, library)
+            configure.install_agent(root, root_base, library, recipe)
             configure.install_files(root)
             configure.install_launcher(root)
             configure.install_update_root(root, update_root)
@@ -98,7 +99,7 @@ def build_image(
             manifest = ImageManifest(
                 name=recipe.name,
                 version=recipe.version,
-                agent=configure.agent_version(),
+                agent=agent_version(),
                 image="picket.img",
                 sha256=digest(image),
                 size=image.stat().st_size,
@@ -119,17 +120,6 @@ def build_image(
             _put_in_place(working, output)
         _forget_old(cache, {root_base.directory.name, library.name})
     return manifest
-
-
-@contextmanager
-def _only_build(cache: Path) -> Iterator[None]:
-    """Hold the cache alone; whoever comes second waits, and then finds what the first one made."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left in (*cache.glob("build-*"), *cache.glob("*.unfinished")):
-            shutil.rmtree(left)  # of a build that was killed
-        yield
 
 
 def _debian_packages(root: Path) -> list[Package]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from image.base import Base
 from image.errors import ImageError
 from image.recipe import Recipe
+from image.release import device_release
 from image.render import render
-from image.wheels import compile_python
 
 _HERE = Path(__file__).parent
 _AGENT = _HERE.parent / "firmware_agent"
@@ -99,25 +99,14 @@ _MASKED_GENERATORS = (
 )
 
 
-def agent_version() -> str:
-    """The version that the agent's source says it has."""
-    for line in (_AGENT / "__init__.py").read_text().splitlines():
-        if line.startswith("__version__"):
-            return line.partition("=")[2].strip().strip('"')
-    raise ImageError(f"{_AGENT}/__init__.py does not say __version__")
-
-
-def install_agent(root: Path, base: Base, library: Path) -> None:
-    """The agent as a release directory of its own, and the link that says which release is in force."""
-    release = root / "opt/picket/releases" / agent_version()
-    agent = release / "firmware_agent"
-    shutil.copytree(_AGENT, agent, ignore=shutil.ignore_patterns("__pycache__"))
-    compile_python(base, agent, "/opt/picket/current/firmware_agent")
-    shutil.copytree(library, release / "lib", symlinks=True)
+def install_agent(root: Path, base: Base, library: Path, recipe: Recipe) -> None:
+    """The agent as the very release that an archive of it would install, and the link that says it is in force."""
+    releases = root / "opt/picket/releases"
+    releases.mkdir(parents=True)
+    release = device_release(releases, base, library, recipe)
     (root / "opt/picket/current").symlink_to(f"releases/{release.name}")
-    for path in (release, *release.rglob("*")):
+    for path in (releases, release, *release.rglob("*")):
         os.chown(path, 0, 0)
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def install_launcher(root: Path) -> None:

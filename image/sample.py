@@ -7,17 +7,16 @@ but scattered, so that a flash has holes to skip.
 
 import io
 import random
-import shutil
 import struct
 import tarfile
 import tempfile
 from pathlib import Path
 
-from firmware_agent.update.archive import Manifest, digest, release_name
 from image import bmap
-from image.configure import agent_version
 from image.manifest import ImageManifest, Package, Partition
 from image.manifest import digest as file_digest
+from image.recipe import load
+from image.release import agent_version, simulated_release
 
 NAME, VERSION = "picket-sample", "1"
 SIZE = 16 * 2**20
@@ -26,7 +25,7 @@ PARTITION_SIZE = 4 * 2**20
 SECTOR = 512
 
 AGENT = Path(__file__).parent.parent / "firmware_agent"
-HARDWARE = "picket,simulated"
+RECIPE = Path(__file__).parent / "recipes" / "picket.toml"
 
 SETTINGS = """\
 [image]
@@ -39,15 +38,6 @@ warm_up_seconds = 0.5
 [tuning]
 heartbeat_seconds = 5
 """
-
-
-def first_release(folder: Path) -> Path:
-    """The agent as it stands here, as a release directory in `folder`, without packages of its own."""
-    tree = folder / "tree"
-    shutil.copytree(AGENT, tree / AGENT.name, ignore=shutil.ignore_patterns("__pycache__"))
-    manifest = Manifest("picket", agent_version(), 1, (HARDWARE,))
-    (tree / "manifest.json").write_bytes(manifest.to_bytes())
-    return tree.rename(folder / release_name(manifest.version, digest(tree).sha256))
 
 
 def system_tar(name: str, version: str, trust: Path | None) -> bytes:
@@ -63,7 +53,7 @@ def system_tar(name: str, version: str, trust: Path | None) -> bytes:
         tempfile.TemporaryDirectory() as folder,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
-        release = first_release(Path(folder))
+        release = simulated_release(Path(folder), load(RECIPE))
         _add(archive, "etc/picket/agent.toml", SETTINGS.format(name=name, version=version).encode())
         _add(archive, "usr/lib/picket/launcher.py", (AGENT / "launcher.py").read_bytes())
         if trust is not None:

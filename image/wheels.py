@@ -17,7 +17,7 @@ from image.errors import ImageError
 from image.run import multiarch, run
 
 #: The device's Python, as wheels and extension modules name it.
-_PYTHON = "3.13"
+PYTHON = "3.13"
 _EXTENSION_SUFFIX = ".cpython-313-aarch64-linux-gnu.so"
 _COMPILER = "aarch64-linux-gnu-gcc"
 #: Tags of wheels whose glibc is not newer than Debian trixie's, the best first.
@@ -32,8 +32,9 @@ _REQUIREMENT = re.compile(
 _COMPILE = """
 import os, py_compile, sys
 top, seen = sys.argv[1:]
-for folder, _, names in os.walk(top):
-    for name in names:
+for folder, folders, names in os.walk(top):
+    folders.sort()  # what was compiled before can change a bit or two of what comes after
+    for name in sorted(names):
         if name.endswith('.py'):
             path = os.path.join(folder, name)
             try:
@@ -84,7 +85,7 @@ def compile_python(base: Base, tree: Path, seen_as: str) -> None:
     usr = base.twin / "usr"
     libraries = usr / "lib" / multiarch()
     loader = next(libraries.glob("ld-linux-*.so.*"))
-    run(loader, "--library-path", libraries, usr / f"bin/python{_PYTHON}", "-S", "-c", _COMPILE,
+    run(loader, "--library-path", libraries, usr / f"bin/python{PYTHON}", "-S", "-c", _COMPILE,
         tree, seen_as, env={"PYTHONHOME": str(usr), "PYTHONPATH": "", "PYTHONHASHSEED": "0"})  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def _install(requirements: str, library: Path, working: Path) -> None:
     listed.write_text(requirements)
     platforms = [option for tag in _PLATFORMS for option in ("--platform", tag)]
     run(sys.executable, "-m", "pip", "install", "--target", library, *platforms, "--implementation", "cp",
-        "--python-version", _PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-compile",
+        "--python-version", PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-compile",
         "--requirement", listed)  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def _compile_lgpio(requirement: str, base: Base, library: Path, working: Path) -
     source = working / archive.name.removesuffix(".tar.gz")
     include = base.headers / "usr/include"
     run("swig", "-python", "-o", "lgpio_wrap.c", "lgpio.i", cwd=source)
-    run(_COMPILER, "-shared", "-fPIC", "-O2", "-pthread", "-Isrc", f"-I{include}/python{_PYTHON}", f"-I{include}",
+    run(_COMPILER, "-shared", "-fPIC", "-O2", "-pthread", "-Isrc", f"-I{include}/python{PYTHON}", f"-I{include}",
         "-o", library / f"_lgpio{_EXTENSION_SUFFIX}", "lgpio_wrap.c", "src/rgpiod.c",
         *(path.relative_to(source) for path in sorted(source.glob("src/lg*.c"))), "-lrt", "-ldl",
         cwd=source)  # fmt: skip

@@ -12,7 +12,7 @@ OURS = {"image", "factory", "firmware_agent", "cloud", "station"}
 #: Who may import what, beside its own package. A name is a package or one module of it.
 ARROWS = {
     "firmware_agent": set[str](),
-    "image": {"firmware_agent.update.archive", "firmware_agent.update.delta"},
+    "image": {"firmware_agent.update.archive", "firmware_agent.update.delta", "firmware_agent.update.BadArchive"},
     "cloud": {"firmware_agent.topics"},
     "factory": {"image.manifest", "image.bmap", "image.errors", "firmware_agent.wire", "firmware_agent.topics"},
     "factory/drivers/simulated.py": {"firmware_agent"},

@@ -195,7 +195,7 @@ def test_publishing_that_is_cut_anywhere_is_completed_by_publishing_again(
         assert as_any_client_sees(world, path, base / "after") is not None
         assert world.repository.staged_roles() == ()
         if done:
-            assert cut == 4  # picket, targets, snapshot, timestamp
+            assert cut == 5  # picket, targets, snapshot, timestamp, the copy of the root
             return
     pytest.fail("publishing never came to its end")
 
@@ -231,11 +231,13 @@ def test_an_online_key_is_replaced_by_a_new_root(world: World, tmp_path: Path, r
     path = world.release("1.2.0")
     stolen = world.keys[role][0]
     world.keys[role] = [_signer("server")]
+    assert (world.directory / "root.json").read_bytes() == (world.metadata / "1.root.json").read_bytes()
 
     assert world.repository.replace_key(role, stolen.public_key.keyid, world.keys[role][0].public_key) == ("root",)
     world.publish()
 
     assert as_any_client_sees(world, path, tmp_path / "client") is not None
+    assert (world.directory / "root.json").read_bytes() == (world.metadata / "2.root.json").read_bytes()
     metadata = world.repository.in_force(role)
     assert metadata is not None
     assert set(metadata.signatures) == {world.keys[role][0].public_key.keyid}
