@@ -388,7 +388,6 @@ def _walk(source: _Counted) -> Iterator[Member]:
     """The members of a tar in turn; the caller reads each one's content before it asks for the next."""
     before: tuple[bool, str] | None = None
     names: set[str] = set()
-    folders: set[str] = set()
     while True:
         block = source.exactly(_BLOCK)
         if not any(block):
@@ -399,14 +398,12 @@ def _walk(source: _Counted) -> Iterator[Member]:
             raise BadArchive(f"the archive begins with {member.name!r}, not with {MANIFEST}")
         if before is not None and position <= before:
             raise BadArchive(f"{member.name!r} is twice in the archive, or not in its place")
-        above = [str(folder) for folder in Path(member.name).parents]
-        if member.name in folders or not names.isdisjoint(above):
-            raise BadArchive(f"{member.name!r} is a file and a directory")
+        if not names.isdisjoint(str(folder) for folder in Path(member.name).parents):
+            raise BadArchive(f"{member.name!r} lies below a file")
         if len(names) == MAX_FILES:
             raise BadArchive(f"the archive has more than {MAX_FILES} files")
         before = position
         names.add(member.name)
-        folders.update(above)
         yield member
         if any(source.exactly(member.padding)):
             raise BadArchive(f"the padding of {member.name!r} is not empty")
