@@ -57,7 +57,14 @@ lock: $(VENV)/.development ## compile requirements/*.lock anew from pyproject.to
 setup: ## install the system packages that are missing (root)
 	@sh image/setup.sh
 
-image: setup $(VENV)/.station ## build the OS image into build/image
+# Whose updates an image takes is decided when it is built. For trying out, all keys are made here, on one machine;
+# for a product, hold the ceremony first (docs/fleet.md), and this rule finds the root that it made.
+build/updates/repository/root.json: | $(VENV)/.station
+	@mkdir -p build/updates
+	@test -s build/updates/passphrase || (umask 077; $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(24))' > build/updates/passphrase)
+	@$(BIN)/python -m cloud keys init --passphrase-file build/updates/passphrase
+
+image: setup $(VENV)/.station build/updates/repository/root.json ## build the OS image into build/image
 	@$(BIN)/python -m image build
 
 release: $(VENV)/.station ## build a release of the agent; VERSION=1.2.0 FOR=simulated FROM=older.tar.zst
