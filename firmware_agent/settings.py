@@ -48,9 +48,10 @@ field. A file holds any part of this; what it leaves out has the value shown her
     board = "/"             # where the kernel's /proc, /sys and /run hang
 """
 
+import contextlib
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -305,6 +306,11 @@ class Paths:
         return self.state / "shadows.json"
 
     @property
+    def reports(self) -> Path:
+        """The number of the last health report, and how many alarms were false."""
+        return self.state / "reports.json"
+
+    @property
     def arming(self) -> Path:
         """Armed or not, as of the last change."""
         return self.state / "arming.json"
@@ -412,3 +418,25 @@ def load(path: Path = DEFAULT_PATH) -> Settings:
         raise SettingsFault(f"cannot read the settings {path}: {error}; the image must bring this file") from error
     except SettingsFault as error:
         raise SettingsFault(f"{path}: {error}") from error
+
+
+def salvage(path: Path = DEFAULT_PATH) -> Settings:
+    """What can still be used of settings that `load` refuses: each section that parses, the default for each other.
+
+    An alarm system with a wrong line in its settings shall watch all the same. Where the key lives is no matter of
+    defaults, though: if the file does not say it, what lies on the disk does, and nothing is looked for anew.
+    """
+    try:
+        document: Mapping[str, Any] = tomllib.loads(path.read_text(errors="replace"))
+    except (OSError, tomllib.TOMLDecodeError):
+        document = {}
+    sections: dict[str, Any] = {"image": Image("unknown", "unknown")}
+    for name, table in document.items():
+        if name in _SECTIONS:
+            with contextlib.suppress(SettingsFault):
+                sections[name] = _section(name, _SECTIONS[name], table)
+    settings = Settings(**sections)
+    if "key" not in sections and not settings.paths.key_store.exists():
+        store = "tpm" if settings.paths.tpm_store.exists() else "file"
+        settings = replace(settings, key=Key(store))
+    return settings
