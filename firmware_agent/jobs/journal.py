@@ -126,7 +126,7 @@ class Journal:
             aside = self.path.with_name(self.path.name + ".damaged")
             _log.error("the jobs' journal is damaged (%s); it is kept as %s", error, aside.name)
             try:
-                self.path.replace(aside)
+                files.move(self.path, aside)
             except OSError:
                 _log.exception("it cannot even be moved")
             return None
@@ -137,13 +137,15 @@ class Journal:
         Raises:
             OSError: the disk is full or read-only; what was noted before still is.
         """
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.path.parent.is_dir():
+            files.make_directory(self.path.parent, 0o700)
+            files.sync_directory(self.path.parent.parent)  # else a power cut takes it, with all that is in it
         files.write_atomic(self.path, json.dumps(to_json(execution), separators=(",", ":")).encode(), 0o600)
 
     def _sweep(self) -> None:
         """What a kill in the middle of `store` has left."""
         for leftover in self.path.parent.glob(f".{self.path.name}.*.new"):
             try:
-                leftover.unlink()
+                files.remove(leftover)
             except OSError as error:
                 _log.warning("%s stays behind: %s", leftover, error)

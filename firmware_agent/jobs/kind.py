@@ -62,7 +62,9 @@ FAILED_CODES: Final = frozenset(
     {"download", "no-space", "install", "unhealthy", "crashed", "interrupted", "upload", "rotation"},
 )
 
-_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
+def _nothing() -> Mapping[str, Any]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ class Key:
 class Next:
     """The phase has done its work."""
 
-    memo: Mapping[str, Any] = _NOTHING
+    memo: Mapping[str, Any] = field(default_factory=_nothing)
 
 
 @dataclass(frozen=True)
 class Done:
     """The job has succeeded; `details` go into the report's statusDetails."""
 
-    details: Mapping[str, str] = _NOTHING
+    details: Mapping[str, str] = field(default_factory=_nothing)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Failed:
 
     code: str
     reason: str
-    details: Mapping[str, str] = _NOTHING
+    details: Mapping[str, str] = field(default_factory=_nothing)
 
     def __post_init__(self) -> None:
         if self.code not in FAILED_CODES:
@@ -121,7 +123,7 @@ class Rejected:
 
     code: str
     reason: str
-    details: Mapping[str, str] = _NOTHING
+    details: Mapping[str, str] = field(default_factory=_nothing)
 
     def __post_init__(self) -> None:
         if self.code not in REJECTED_CODES:
@@ -132,7 +134,7 @@ class Rejected:
 class Restart:
     """The phase has done its work, and another process is to go on."""
 
-    memo: Mapping[str, Any] = _NOTHING
+    memo: Mapping[str, Any] = field(default_factory=_nothing)
 
 
 Result = Next | Done | Failed | Rejected | Restart
@@ -280,4 +282,4 @@ class Orphan:
 
     key: Key
     phase: str
-    memo: Mapping[str, Any] = field(default=_NOTHING)
+    memo: Mapping[str, Any] = field(default_factory=_nothing)

@@ -15,7 +15,7 @@ execution ends after at most `MAX_STORES + attempts of all undo phases + CLEAN_A
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -48,7 +48,7 @@ class Outcome:
     status: Status
     code: str | None = None
     reason: str | None = None
-    details: Mapping[str, str] = MappingProxyType({})
+    details: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Execution:
     gone: bool = False
     granted: bool = False
     outcome: Outcome | None = None
-    memo: Mapping[str, Any] = MappingProxyType({})
+    memo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     stores: int = 0
 
 

@@ -69,8 +69,6 @@ class Reboot(Single):
     def clean_up(self, context: Context) -> None:
         """Withdraw the request."""
         del context
-        if self._request.exists():
-            self._request.unlink()
-            files.sync_directory(self._request.parent)
-        for left in self._request.parent.glob(f".{self._request.name}.*.new"):
-            left.unlink()
+        for left in (self._request, *self._request.parent.glob(f".{self._request.name}.*.new")):
+            files.remove(left)
+        files.sync_directory(self._request.parent)

@@ -10,7 +10,6 @@ order: what grew the execution's `stores` is written before it is done.
 
 import errno
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from firmware_agent import topics
+from firmware_agent import files, topics
 from firmware_agent.errors import AgentFault
 from firmware_agent.jobs import document, machine
 from firmware_agent.jobs.document import BadDocument, Document
@@ -330,7 +329,7 @@ class Runner:
     def _run(self, execution: Execution, phase: Phase) -> Event | None:
         work = _Work(self, execution, phase)
         try:
-            work.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_scratch(execution.key)
             result = phase.run(work)
         except Ended as ended:
             event: Event = Ran(ended.result)
@@ -358,14 +357,20 @@ class Runner:
             _log.exception("the clean-up of job %s", execution.key)
         self._sweep(None)
 
+    def _make_scratch(self, key: Key) -> None:
+        for folder in (self._work.parent, self._work, self.scratch(key)):
+            if not folder.is_dir():
+                files.make_directory(folder, 0o700)
+
     def _sweep(self, keep: Key | None) -> None:
         """Remove the scratch directories of all executions but `keep`."""
         try:
-            for left in self._work.iterdir():
-                if keep is None or left.name != str(keep):
-                    shutil.rmtree(left)
             if keep is None:
-                self._work.rmdir()
+                files.remove(self._work)
+            else:
+                for left in self._work.iterdir():
+                    if left.name != str(keep):
+                        files.remove(left)
         except FileNotFoundError:
             return
         except OSError as error:
