@@ -20,8 +20,16 @@ from image.run import multiarch, run
 PYTHON = "3.13"
 _EXTENSION_SUFFIX = ".cpython-313-aarch64-linux-gnu.so"
 _COMPILER = "aarch64-linux-gnu-gcc"
+_STRIP = "aarch64-linux-gnu-strip"
 #: Tags of wheels whose glibc is not newer than Debian trixie's, the best first.
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
+
+#: Packages that others name and nobody imports: setuptools (colorzero's setup.py), pycparser (cffi's, to parse C).
+_LEFT_OUT = frozenset({"setuptools", "pycparser"})
+
+#: Files of packages that a unit has no use for: type stubs, sources in Cython, lists of what pip installed where, a
+#: command line, and a second binary of zstandard for other Pythons.
+_NOT_TAKEN = ("**/*.pyi", "**/*.pyx", "**/*.pxd", "*.dist-info/RECORD", "gpiozerocli", "zstandard/_cffi.*.so")
 
 #: One requirement of a lock with its hashes.
 _REQUIREMENT = re.compile(
@@ -46,8 +54,9 @@ for folder, folders, names in os.walk(top):
 
 
 def versions(lock: str) -> dict[str, str]:
-    """Name and version of every package of a lock."""
-    return {match["name"]: match["version"] for match in _REQUIREMENT.finditer(lock)}
+    """Name and version of every package of a lock that goes on to the device."""
+    found = {match["name"]: match["version"] for match in _REQUIREMENT.finditer(lock)}
+    return {name: version for name, version in found.items() if name not in _LEFT_OUT}
 
 
 def device_library(lock: Path, base: Base, cache: Path) -> Path:
@@ -61,12 +70,11 @@ def device_library(lock: Path, base: Base, cache: Path) -> Path:
         working = Path(name)
         library = working / "lib"
         own = [match for match in _REQUIREMENT.finditer(text) if match["name"] == "lgpio"]
-        others = _REQUIREMENT.sub(lambda match: "" if match["name"] == "lgpio" else match[0], text)
+        others = _REQUIREMENT.sub(lambda match: "" if match["name"] in {"lgpio", *_LEFT_OUT} else match[0], text)
         _install(others, library, working)
         for match in own:
             _compile_lgpio(match[0], base, library, working)
-        # Scripts of the packages start with this machine's interpreter and have no use on the device.
-        shutil.rmtree(library / "bin", ignore_errors=True)
+        _trim(library)
         compile_python(base, library, f"/opt/picket/current/{library.name}")
         library.rename(finished)
     return finished
@@ -87,6 +95,21 @@ def compile_python(base: Base, tree: Path, seen_as: str) -> None:
     loader = next(libraries.glob("ld-linux-*.so.*"))
     run(loader, "--library-path", libraries, usr / f"bin/python{PYTHON}", "-S", "-c", _COMPILE,
         tree, seen_as, env={"PYTHONHOME": str(usr), "PYTHONPATH": "", "PYTHONHASHSEED": "0"})  # fmt: skip
+
+
+def _trim(library: Path) -> None:
+    """Take away what a unit has no use for: two thirds of it, which updates and their memory would pay for each time.
+
+    Scripts of the packages start with this machine's interpreter, and symbols are for debuggers.
+    """
+    for pattern in ("bin", *_NOT_TAKEN):
+        for path in library.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    for path in sorted(library.rglob("*.so")):
+        run(_STRIP, "--strip-unneeded", path)
 
 
 def _install(requirements: str, library: Path, working: Path) -> None:
