@@ -10,7 +10,6 @@ and `keep_only_in_force` ends it. All three can be repeated.
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -143,10 +142,14 @@ def write(link: Path, identity: Identity) -> str:
         _ENDPOINT: json.dumps(endpoint).encode(),
     }
     name = hashlib.sha256(b"\0".join(contents[name] for name in sorted(contents))).hexdigest()[:16]
-    _sets(link).mkdir(mode=0o700, exist_ok=True)
-    new = _sets(link) / name
-    if not new.exists():
-        files.write_directory(new, contents)
+    sets = _sets(link)
+    if not sets.is_dir():
+        files.make_directory(sets, 0o700)
+        files.sync_directory(sets.parent)
+    if (sets / name).exists():
+        files.sync_directory(sets)  # a process that was killed may have left this undone
+    else:
+        files.write_directory(sets / name, contents)
     return name
 
 
@@ -174,11 +177,18 @@ def others(link: Path) -> tuple[str, ...]:
 
 
 def keep_only_in_force(link: Path) -> None:
-    """Remove all other sets, and what crashes left behind."""
+    """Remove all other sets, and what crashes left behind; durably.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
     now = in_force(link)
-    for old in _sets(link).iterdir():
+    for old in sorted(_sets(link).iterdir()):
         if old.name != now:
-            shutil.rmtree(old, ignore_errors=True)
+            files.remove(old)
+    for half in link.parent.glob(f".{link.name}.*.new"):
+        files.remove(half)
+    files.sync_directory(_sets(link))
 
 
 def load(link: Path, name: str | None = None) -> Identity:

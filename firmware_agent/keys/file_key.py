@@ -71,13 +71,12 @@ class FileKeys:
         return FileKey(key)
 
     def remove(self, slot: str) -> None:
-        """Unlink the key's file."""
+        """Unlink the key's file, and what a crash may have left of its making."""
         path = self._file(slot)
         try:
-            path.unlink()
+            for one in (path, *path.parent.glob(f".{path.name}.*.new")):
+                files.remove(one)
             files.sync_directory(path.parent)
-        except FileNotFoundError:
-            return
         except OSError as error:
             raise KeyFault(f"{path} cannot be removed: {error.strerror}") from error
 
