@@ -102,7 +102,7 @@ class Delivery:
             return True
         if not known:
             return True  # lost with an earlier one, and sent again since
-        _log.warning("not delivered: %s", error)
+        _log.warning("the %s %d is not delivered: %s", message.kind, message.id, error)
         self._flying.clear()
         self._read.clear()
         self._window = max(1.0, self._window / 2)

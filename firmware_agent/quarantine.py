@@ -8,10 +8,13 @@ broker that restarts), so it takes two in a row while the same operation waits f
 Bookkeeping without clock or network of its own; times are seconds of a monotonic clock. Usable from several threads.
 """
 
+import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
+
+_log = logging.getLogger(__name__)
 
 FIRST_SECONDS: Final = 60.0
 LONGEST_SECONDS: Final = 3600.0
@@ -95,3 +98,4 @@ class Quarantine:
         again = last is not None and now < last.until + self._longest
         seconds = min(last.seconds * 2, self._longest) if last is not None and again else self._first
         self._holds[feature] = _Hold(reason, now + seconds, seconds)
+        _log.warning("%s waits for %.0f s: %s", feature, seconds, reason)

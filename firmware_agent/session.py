@@ -106,6 +106,8 @@ class Session:
             request = {**body, "clientToken": name} if token else body
             _wait(self.publish(topic, json.dumps(request, separators=(",", ":")).encode()), end)
             return _wait(question.answer, end)
+        except NotDeliveredError as error:
+            raise NotDeliveredError(self._over or str(error)) from error
         finally:
             with self._lock:
                 self._questions.pop(name, None)
@@ -192,7 +194,6 @@ class Session:
             if error is None:
                 self._quarantine.proved(operation)
             elif isinstance(error, NotAllowedError) and operation.feature != topics.ALARM:
-                _log.warning("%s is put on hold: %s: %s", operation.feature, operation.topic, error)
                 self._quarantine.refused(operation.feature, f"{operation.topic}: {error}", time.monotonic())
 
         future.add_done_callback(settled)
