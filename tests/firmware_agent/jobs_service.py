@@ -391,6 +391,7 @@ class LocalLink:
 
     Attributes:
         before: called with each request's topic and body before it is sent.
+        after: ... after the service has taken it, before its answer is heard.
         lose_requests: so many of the next updates never arrive.
         lose_answers: so many of the next updates arrive, and their answers do not.
         idle: called when the device asks for the next job, and there is none.
@@ -401,6 +402,7 @@ class LocalLink:
         self.serial = thing
         self.up = True
         self.before: Callable[[str, Mapping[str, Any]], None] = lambda _topic, _body: None
+        self.after: Callable[[str, Mapping[str, Any]], None] = lambda _topic, _body: None
         self.lose_requests = 0
         self.lose_answers = 0
         self.idle: Callable[[], None] = lambda: None
@@ -439,12 +441,15 @@ class LocalLink:
         update = topic.endswith("/update")
         if update and self.lose_requests:
             self.lose_requests -= 1
+            self.go_up()  # the link was broken, and comes back
             raise NotDeliveredError("no answer")
         answered = self._service.handle(topic, json.dumps({**body, "clientToken": "t"}).encode())
         assert answered is not None
+        self.after(topic, body)
         verdict, answer = answered[0], json.loads(answered[1])
         if update and self.lose_answers:
             self.lose_answers -= 1
+            self.go_up()
             raise NotDeliveredError("no answer")
         if verdict.endswith("/rejected"):
             raise Refused(answer["code"], answer["message"], answer)
