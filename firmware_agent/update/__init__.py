@@ -15,7 +15,12 @@ What can go wrong, drawn by what the update does about it; `code` goes into the 
 None of the messages holds a URL's query string: presigned URLs are secrets.
 """
 
+import errno
+from typing import Final
+
 from firmware_agent.errors import AgentFault
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class UpdateFault(AgentFault):
@@ -62,3 +67,9 @@ class BadArchive(InstallFault):
 
 class BadDelta(InstallFault):
     """A delta that does not lead to the expected archive."""
+
+
+def disk_fault(error: OSError, what: str, otherwise: type[UpdateFault]) -> UpdateFault:
+    """The fault for a disk that does not do `what`: `NoSpace` if it is full, else `otherwise`."""
+    kind = NoSpace if error.errno in _FULL else otherwise
+    return kind(f"cannot {what}: {error.strerror or type(error).__name__}")

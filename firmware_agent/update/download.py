@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from firmware_agent import backoff, files
-from firmware_agent.update import BadPayload, Cancelled, DownloadFault, NoSpace, UrlExpired
+from firmware_agent.update import BadPayload, Cancelled, DownloadFault, UrlExpired, disk_fault
 
 if TYPE_CHECKING:
     import urllib3
@@ -281,7 +281,7 @@ def download(
             _fetch_all(part, source, progress, cancelled, limits, delay)
             return part.path
     except OSError as error:
-        raise NoSpace(f"cannot write {payload.name}: {error.strerror}") from error
+        raise disk_fault(error, f"write {payload.name}", DownloadFault) from error
 
 
 def _fetch_all(

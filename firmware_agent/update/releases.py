@@ -23,7 +23,7 @@ from typing import IO, Final
 
 from firmware_agent import files, launcher
 from firmware_agent.launcher import Boot, RolledBack, Trial
-from firmware_agent.update import BadArchive, InstallFault, NoSpace
+from firmware_agent.update import BadArchive, InstallFault, NoSpace, disk_fault
 from firmware_agent.update.archive import Digest, Manifest, digest, release_name, unpack
 
 _UNFINISHED: Final = ".tmp-"
@@ -117,8 +117,8 @@ class Releases:
             The release's name.
 
         Raises:
-            BadArchive: the tar is not canonical, or not the expected one; nothing is left behind.
-            InstallFault: the release that is to be installed is in force, and damaged on the disk.
+            BadArchive, BadDelta: the tar is not canonical, or not the expected one; nothing is left behind.
+            InstallFault: the release is in force and damaged on the disk, or the disk does not do its work.
             NoSpace: the disk is full; nothing is left behind.
         """
         name = expected.name
@@ -136,7 +136,7 @@ class Releases:
             files.move(unfinished, self.path(name))
         except OSError as error:
             files.remove(unfinished)
-            raise NoSpace(f"cannot install {name}: {error.strerror}") from error
+            raise disk_fault(error, f"install {name}", InstallFault) from error
         except BaseException:
             files.remove(unfinished)
             raise
