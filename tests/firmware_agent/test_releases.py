@@ -115,7 +115,10 @@ def test_a_refused_archive_leaves_nothing_behind(releases: Releases, tmp_path: P
     assert on_the_disk(releases) == before
 
 
-def test_a_full_disk_leaves_nothing_behind(releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "fault"), [(errno.ENOSPC, NoSpace), (errno.EIO, InstallFault)])
+def test_a_disk_that_is_full_or_broken_leaves_nothing_behind(
+    releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fault: type[Exception]
+) -> None:
     tar, expected = pack(tmp_path, "1.1.0")
     before = on_the_disk(releases)
     original = os.write
