@@ -7,7 +7,7 @@ ministack keeps the jobs, rolls them out, aborts them and speaks to devices. Add
 - the step timer of an update or a start, which ends at the in-progress timer at the latest; timers end by themselves,
   not only when somebody looks;
 - an execution in progress is `$next` before any that is queued;
-- nothing is rolled out before a job's start time or outside its maintenance windows;
+- nothing is rolled out before a job's start time or outside its maintenance windows; each batch is announced;
 - `${aws:iot:s3-presigned-url-upload:…}` in a job document, with ${thingName}, ${jobId}, ${executionNumber} in its key;
 - `https://s3.<region>.amazonaws.com/` in a job document is this machine, at the address where the device finds it;
 - Device Defender answers a report with `accepted` or `rejected`.
@@ -46,6 +46,8 @@ WRAPPED: Mapping[str, Mapping[str, str]] = {
         "_jobs_abort": "(job_id: str) -> dict",
         "_jobs_queue_execution": "(thing: str, job_id: str, now: int) -> None",
         "_jobs_rollout_batch_size": "(job: dict, waiting: int) -> int",
+        "_jobs_rollout_release": "(job: dict) -> list[tuple[str, str | None]]",
+        "_jobs_materialize_executions": "(job_id: str) -> None",
         "_jobs_presign_session": "(role_arn: str, expires: int) -> tuple[str, dict]",
         "_jobs_presigned_document": "(job: dict) -> str",
         "_iot_role_usable": "(role_arn: str) -> bool",
@@ -172,6 +174,7 @@ def install(minute_seconds: float) -> None:
     take_step_timers(iot)
     keep_jobs_open_for_retries(iot)
     roll_out_in_windows(iot)
+    announce_each_batch(iot)
     presign_uploads(iot)
     answer_metrics(iot)
 
@@ -313,6 +316,29 @@ def roll_out_in_windows(iot: Any) -> None:
         return size(job, waiting) if may_roll_out(job.get("schedulingConfig"), datetime.now(UTC)) else 0
 
     iot._jobs_rollout_batch_size = scheduled  # noqa: SLF001
+
+
+def announce_each_batch(iot: Any) -> None:
+    """Every unit of a CONTINUOUS job's later batches is told of it.
+
+    ministack takes a batch out of the queue before it looks what was first for each thing. The look itself then makes
+    the execution, so that the job seems to have been first all along and is not announced, and is queued twice.
+    """
+    release = iot._jobs_rollout_release  # noqa: SLF001
+
+    @functools.wraps(release)
+    def announced(job: dict[str, Any]) -> list[tuple[str, str | None]]:
+        if job.get("targetSelection") != "CONTINUOUS":
+            found: list[tuple[str, str | None]] = release(job)
+            return found
+        waiting: list[str] = job["rolloutQueue"]
+        size = iot._jobs_rollout_batch_size(job, len(waiting))  # noqa: SLF001
+        fronts = [(thing, iot.jobs_first_pending_job_id(thing)) for thing in waiting[:size]]
+        job.update(rolloutQueue=waiting[size:], rolloutBatchAt=iot._jobs_now_ms())  # noqa: SLF001
+        iot._jobs_materialize_executions(job["jobId"])  # noqa: SLF001
+        return [each for each in fronts if (each[0], job["jobId"]) in iot._job_executions]  # noqa: SLF001
+
+    iot._jobs_rollout_release = announced  # noqa: SLF001
 
 
 def presign_uploads(iot: Any) -> None:

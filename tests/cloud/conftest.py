@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +69,17 @@ class Fleet:
         if join:
             assert not self.attempt(made).accepted
             self.active(made)
+        return made
+
+    def admitted(self) -> Unit:
+        """A new unit that the cloud knows already, for tests that need many and not how they joined."""
+        made = self.unit(join=False)
+        iot = self.target.iot
+        arn = iot.register_certificate(certificatePem=made.leaf.certificate, status="ACTIVE")["certificateArn"]
+        iot.create_thing(thingName=made.serial)
+        iot.attach_thing_principal(thingName=made.serial, principal=arn)
+        iot.attach_policy(policyName=self.outputs["DevicePolicy"], target=arn)
+        iot.close()
         return made
 
     def attempt(self, unit: Unit, client_id: str | None = None) -> doctor.Attempt:
@@ -145,7 +157,13 @@ def hello(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    base: Path = tmp_path_factory.mktemp("cloud")
+    with deployed(tmp_path_factory.mktemp("cloud")) as made:
+        yield made
+
+
+@contextmanager
+def deployed(base: Path) -> Iterator[Fleet]:
+    """A local cloud of its own, with the stack and a signing CA in it."""
     with launcher.running(base / "state", jitp_delay=JITP_DELAY, retry_seconds=0.2, minute_seconds=1.0) as endpoint:
         target = local_target(base / "state")
         outputs = dict(stack.deploy(target, build=base / "code").outputs)

@@ -29,6 +29,7 @@ class Device:
         self._arrived: dict[str, queue.Queue[dict[str, Any]]] = defaultdict(queue.Queue)
         self._connected, self._stopped = threading.Event(), threading.Event()
         self._tokens = itertools.count()
+        self._asked: dict[str | None, queue.Queue[tuple[str, dict[str, Any]]]] = {}
         options = io.TlsContextOptions.create_client_with_mtls(unit.leaf.chain.encode(), unit.leaf.key.encode())
         options.override_default_trust_store(fleet.trust.encode())
         self._client = mqtt5.Client(
@@ -48,7 +49,15 @@ class Device:
         packet = data.publish_packet
         with contextlib.suppress(ValueError):  # the filters bring back what we publish, broken JSON too
             body = json.loads(packet.payload or b"{}")
-            self._arrived[str(packet.topic).removeprefix(self.root + "/")].put(body)
+            topic = str(packet.topic).removeprefix(self.root + "/")
+            asked = self._asked.get(body.get("clientToken"))
+            if asked is not None and topic.endswith(("/accepted", "/rejected")):
+                asked.put((topic.rpartition("/")[2], body))
+            self._arrived[topic].put(body)
+
+    def wake(self, topic: str) -> None:
+        """Let whoever waits on `topic` go, with an empty message."""
+        self._arrived[topic].put({})
 
     def open(self) -> None:
         self._client.start()
@@ -63,29 +72,33 @@ class Device:
         self._stopped.wait(SECONDS)
 
     def publish(self, topic: str, body: object) -> None:
+        """A message about itself, on one of its reserved topics."""
+        self._publish(f"{self.root}/{topic}", body)
+
+    def publish_data(self, kind: str, body: object) -> None:
+        """A message of the product's own, e.g. its hello."""
+        self._publish(f"dt/picket/{self.serial}/{kind}", body)
+
+    def _publish(self, topic: str, body: object) -> None:
         payload = body if isinstance(body, bytes) else json.dumps(body).encode()
-        packet = mqtt5.PublishPacket(topic=f"{self.root}/{topic}", payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
+        packet = mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE)
         self._client.publish(packet).result(SECONDS)
 
     def ask(self, topic: str, body: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """`accepted` or `rejected`, and what the answer says."""
         token = f"{self.serial}-{next(self._tokens)}"
-        self.publish(topic, {**(body or {}), "clientToken": token})
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            for kind in ("accepted", "rejected"):
-                try:
-                    answer = self._arrived[f"{topic}/{kind}"].get_nowait()
-                except queue.Empty:
-                    continue
-                if answer.get("clientToken") == token:
-                    return kind, answer
-            time.sleep(0.005)
-        raise AssertionError(f"no answer on {topic}")
+        answers = self._asked[token] = queue.Queue()
+        try:
+            self.publish(topic, {**(body or {}), "clientToken": token})
+            return answers.get(timeout=SECONDS)
+        finally:
+            del self._asked[token]
 
-    def next(self, topic: str, when: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
+    def next(
+        self, topic: str, when: Callable[[dict[str, Any]], bool] = lambda _: True, seconds: float = SECONDS
+    ) -> dict[str, Any]:
         """The next message on `topic` for which `when` holds; those before it are dropped."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             message = self._arrived[topic].get(timeout=max(0.01, deadline - time.monotonic()))
             if when(message):

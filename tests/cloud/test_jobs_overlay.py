@@ -62,7 +62,7 @@ def _status(fleet: Fleet, job: str) -> str:
     return fleet.target.iot.describe_job(jobId=job)["job"]["status"]
 
 
-def _fetch(url: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+def fetch(url: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
@@ -350,12 +350,12 @@ def test_a_document_carries_urls_that_its_reader_can_use_and_nobody_can_bend(
     urls = found["jobDocument"]
     url = urls["urls"]["agent/a.tar.zst"]
     assert url.startswith("http://localhost:")  # a device of this machine
-    assert _fetch(url, Range="bytes=3-5") == (206, b"345")
-    assert _fetch(url.replace("a.tar", "b.tar"))[0] == 403
-    assert _fetch(url.partition("?")[0])[0] == 403
-    assert _fetch(urls["secret"])[0] == 403  # the role reads archives only
-    assert _fetch(urls["metadata"] + "timestamp.json") == (200, b"{}")
-    assert _fetch(urls["metadata"] + "timestamp.json", "PUT", b"evil")[0] == 403
+    assert fetch(url, Range="bytes=3-5") == (206, b"345")
+    assert fetch(url.replace("a.tar", "b.tar"))[0] == 403
+    assert fetch(url.partition("?")[0])[0] == 403
+    assert fetch(urls["secret"])[0] == 403  # the role reads archives only
+    assert fetch(urls["metadata"] + "timestamp.json") == (200, b"{}")
+    assert fetch(urls["metadata"] + "timestamp.json", "PUT", b"evil")[0] == 403
 
 
 def test_a_guest_is_given_urls_with_the_address_where_it_finds_this_machine(fleet: Fleet) -> None:
@@ -376,7 +376,7 @@ def test_a_guest_is_given_urls_with_the_address_where_it_finds_this_machine(flee
     here = f"http://10.0.2.2:{port}/"
     url = found["jobDocument"]["url"]
     assert (url.startswith(here), found["jobDocument"]["metadata"].startswith(here)) == (True, True)
-    assert _fetch(url.replace("10.0.2.2", "127.0.0.1"), Host=f"10.0.2.2:{port}") == (200, b"0123456789")
+    assert fetch(url.replace("10.0.2.2", "127.0.0.1"), Host=f"10.0.2.2:{port}") == (200, b"0123456789")
     _clear(fleet, guest)
 
 
@@ -394,12 +394,12 @@ def test_an_upload_goes_where_the_document_says_and_nowhere_else(fleet: Fleet, u
     assert found is not None
     url = found["jobDocument"]["upload"]
 
-    put = _fetch(url, "PUT", b"what happened")
+    put = fetch(url, "PUT", b"what happened")
     stored = fleet.target.s3.get_object(Bucket=bucket, Key=f"logs/{unit.serial}/{job}-1.json")["Body"].read()
 
     assert (put[0], stored) == (200, b"what happened")
-    assert _fetch(url)[0] == 403  # to put, not to read
-    assert _fetch(url.replace(unit.serial, "PK-OTHER"), "PUT", b"in another's name")[0] == 403
+    assert fetch(url)[0] == 403  # to put, not to read
+    assert fetch(url.replace(unit.serial, "PK-OTHER"), "PUT", b"in another's name")[0] == 403
 
 
 def test_a_report_of_metrics_is_accepted_and_a_broken_one_refused(device: Device) -> None:
