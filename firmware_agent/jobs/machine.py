@@ -230,6 +230,8 @@ def _gone(execution: Execution) -> Execution:
             return replace(execution, gone=True, stage=Stage.CLEANING, entered=0)
         case Stage.REPORTING:
             return _close(replace(execution, gone=True))
+        case Stage.CLOSED:
+            return execution
         case _:
             return replace(execution, gone=True)
 

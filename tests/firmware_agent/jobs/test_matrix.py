@@ -1,8 +1,8 @@
 """What became of an update that failed, was killed or lost its power at any phase: the exact reports, and what runs.
 
 By {error, kill, power cut} and {every phase, at its beginning, in its middle, at its end} and {full, delta} and {roll
-back works, fails} and {cancelled meanwhile or not}. The expected reports are told by `expected`, which knows the order of
-the phases and the rules of docs/adr/0043, and nothing of the state machine.
+back works, fails} and {cancelled meanwhile or not}. The expected reports are told by `expected`, which knows the
+order of the phases and the rules of docs/adr/0043, and nothing of the state machine.
 """
 
 import functools
@@ -241,7 +241,7 @@ def test_what_the_launcher_decides_is_what_the_launcher_starts(
             "--",
             "run",
         ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
         assert said == f"{runs} run\n"
 
 
