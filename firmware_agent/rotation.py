@@ -35,6 +35,7 @@ from typing import Any, Final, Literal, Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
@@ -365,6 +366,30 @@ class Rotation:
                 return self._exchange.ask(operation, rotation, context.wait, csr)
             context.wait(_LOOK_SECONDS)
         return self._exchange.ask(operation, rotation, context.wait, csr)
+
+
+class KeyInForce:
+    """Whatever key is in force when it is used: a rotation changes it while the agent runs.
+
+    Args:
+        store: where the keys are.
+        identities: the symlink to the set in force.
+    """
+
+    def __init__(self, store: KeyStore, identities: Path) -> None:
+        self._store = store
+        self._identities = identities
+
+    def _key(self) -> DeviceKey:
+        return self._store.load(identity.load(self._identities).slot)
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """Its public half."""
+        return self._key().public_key()
+
+    def sign(self, data: bytes) -> bytes:
+        """ECDSA with SHA-256 over `data`, as DER."""
+        return self._key().sign(data)
 
 
 def slot_of(key: Key) -> str:

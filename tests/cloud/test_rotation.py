@@ -3,11 +3,13 @@
 import itertools
 import json
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,16 @@ from hypothesis import strategies as st
 from cloud.doctor import Credentials
 from cloud.handlers import rotate_certificate as handler
 from cloud.handlers.rotate_certificate import Clients, GiveUp, Issue, Refuse, Reissue, Request, Retire, Row, decide
+from firmware_agent import identity, keys
+from firmware_agent.identity import Identity
+from firmware_agent.jobs.runner import Runner
+from firmware_agent.link import Link
+from firmware_agent.rotation import Rotation
+from firmware_agent.settings import parse
+from firmware_agent.spool import Spool
+from firmware_agent.systemd import Systemd
 from tests.cloud.conftest import Fleet, Unit, eventually
+from tests.firmware_agent.support import BOARD, TestBoard
 
 _numbers = itertools.count(1)
 
@@ -79,6 +90,45 @@ class Speaker:
             verdict, answer = self._arrived.get(timeout=20)
             if answer["clientToken"] == token:
                 return verdict, answer
+
+
+class Agent:
+    """A unit's own side: what `Product` is made of, as far as a rotation needs it."""
+
+    def __init__(self, fleet: Fleet, joined: Unit, root: Path) -> None:
+        settings = parse(f'[image]\nname = "picket"\nversion = "0.1.0"\n[key]\nstore = "file"\n[tpm]\ntcti = ""\n'
+                         f'[paths]\nstate = "{root}/state"\nrun = "{root}/run"\n')  # fmt: skip
+        for directory in (settings.paths.state, settings.paths.run):
+            directory.mkdir()
+        settings.paths.key_file.write_text(joined.leaf.key)
+        self.link_file = settings.paths.identity
+        endpoint = fleet.endpoint
+        found = Identity(joined.serial, joined.leaf.chain, fleet.trust, endpoint.host, endpoint.port, "WO-1")
+        identity.install(self.link_file, found)
+        store = keys.open_store(settings)
+        identity.check(found, store.load().public_key(), BOARD)
+        self._spool = Spool(settings.paths.spool)
+        self.link = Link(settings, TestBoard(), found, store.load(), self._spool, Systemd())
+        rotation = Rotation(self.link, store, self.link_file, BOARD)
+        self._jobs = Runner(self.link, settings.paths.jobs, [rotation], product="picket", leave=lambda: None)
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self.link.run, args=(self._stop, lambda: None)),
+            threading.Thread(target=self._jobs.run, args=(self._stop,)),
+        ]
+
+    def start(self) -> None:
+        self._spool.__enter__()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.link.wake()
+        self._jobs.wake()
+        for thread in self._threads:
+            thread.join()
+        self._spool.__exit__(None, None, None)
 
 
 @contextmanager
@@ -314,6 +364,48 @@ def test_a_rotation_that_nobody_goes_on_with_is_given_up_after_a_week(fleet: Fle
     assert fleet.attempt(old).accepted
     assert fleet.attempt(done).accepted
     assert not fleet.attempt(done_old).accepted
+
+
+# --- the agent ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent(fleet: Fleet, tmp_path: Path) -> Iterator[tuple[Unit, Agent]]:
+    """A unit in the field: the agent's link, its jobs, and the kind that rotates."""
+    joined = fleet.unit(board=BOARD)
+    unit = Agent(fleet, joined, tmp_path)
+    unit.start()
+    yield joined, unit
+    unit.stop()
+
+
+def test_a_job_of_the_fleet_changes_a_units_key_while_it_stays_in_service(
+    fleet: Fleet, agent: tuple[Unit, Agent]
+) -> None:
+    old, unit = agent
+    job = f"rotate-{uuid.uuid4().hex[:8]}"
+    fleet.target.iot.create_job(
+        jobId=job,
+        targets=[fleet.target.iot.describe_thing(thingName=old.serial)["thingArn"]],
+        document=json.dumps({"picket": 1, "operation": "rotate-certificate", "product": "picket"}),
+    )
+
+    def ended() -> str | None:
+        execution = fleet.target.iot.describe_job_execution(jobId=job, thingName=old.serial)["execution"]
+        return execution["status"] if execution["status"] not in {"QUEUED", "IN_PROGRESS"} else None
+
+    status = eventually(ended, 60)
+    now = identity.load(unit.link_file)
+
+    assert status == "SUCCEEDED"
+    assert certificates(fleet, old) == (now.certificate_sha256,) != (old.leaf.certificate_id,)
+    assert unit.link.connected_as() == now.certificate_sha256
+    assert not fleet.attempt(old).accepted
+    assert [path.name for path in unit.link_file.parent.glob("key*.pem")] == [f"key-{now.slot}.pem"]
+    device = eventually(
+        lambda: [row for row in fleet.rows(old.serial, "DEVICE") if row["certificate_id"] == now.certificate_sha256]
+    )
+    assert device
 
 
 # --- the decision -------------------------------------------------------------------------------------------------

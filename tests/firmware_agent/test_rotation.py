@@ -33,7 +33,7 @@ from firmware_agent.jobs.runner import Runner
 from firmware_agent.keys import DeviceKey, valid_slot
 from firmware_agent.keys.file_key import FileKeys
 from firmware_agent.mqtt import NotDeliveredError
-from firmware_agent.rotation import Exchange, Rotation
+from firmware_agent.rotation import Exchange, KeyInForce, Rotation
 from tests.firmware_agent.jobs.world import Cut, Disks, Plug, Watched, plugged
 from tests.firmware_agent.jobs_service import JobsService, LocalLink
 from tests.firmware_agent.support import BOARD, SERIAL, Ca, pem
@@ -320,6 +320,15 @@ def test_rotations_follow_one_another(unit: Unit, service: JobsService) -> None:
     assert unit.cloud.active == {second}
     assert len({unit.factory, first, second}) == 3
     assert service.status("rotate-2", SERIAL) == "SUCCEEDED"
+
+
+def test_who_tries_the_key_tries_the_one_in_force(unit: Unit) -> None:
+    tried = KeyInForce(unit.store, unit.link)
+    before = tried.public_key()
+    unit.run()
+
+    assert tried.public_key() == unit.start().leaf.public_key() != before
+    tried.public_key().verify(tried.sign(b"data"), b"data", ec.ECDSA(hashes.SHA256()))
 
 
 def test_the_endpoint_and_the_roots_stay(unit: Unit) -> None:
