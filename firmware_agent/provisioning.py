@@ -227,8 +227,6 @@ class Provisioning:
         settings: what the image fixes.
         board: what the agent runs on.
         pins: where the PIR is.
-        on_seal: called once `seal` has been asked and answered. On the device nobody needs to listen: a root service
-            watches for the request file. In a process that holds a simulated board, this is that service.
         sleep: how to wait between connection attempts.
     """
 
@@ -238,14 +236,12 @@ class Provisioning:
         board: Board,
         pins: Pins,
         *,
-        on_seal: Callable[[], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._settings = settings
         self._paths = settings.paths
         self._board = board
         self._pins = pins
-        self._on_seal = on_seal
         self._sleep = sleep
         self._store: keys.KeyStore | None = None
         self._verbs: Mapping[str, tuple[Callable[[Params], Any], Callable[[Any, Emit], dict[str, Any]]]] = {
@@ -467,8 +463,6 @@ class Provisioning:
     def _request_seal(self) -> None:
         """Ask for the seal, after the answer is out: the way to the station is about to be cut."""
         files.write_atomic(self._paths.seal_request, b"")
-        if self._on_seal is not None:
-            self._on_seal()
 
 
 def _skip_line(line: bytes, stream: Stream) -> None:

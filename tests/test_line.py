@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from factory.drivers.simulated_medium import unpack
 from factory.drivers.software_tpm import missing
 from factory.errors import CloudFault, ExitCode, SignerFault, StationFault, UserMistake
 from factory.label import scan
@@ -179,18 +181,14 @@ def test_a_key_that_was_issued_to_another_unit_is_refused(site: Site, monkeypatc
     """A cloned medium brings its key along; here the clone appears between flash and enrolment."""
     first, second = site.serial(), site.serial()
     site.run(first)
-    stolen = (site.base / "boards" / first / "root/var/lib/picket/key.pem").read_bytes()
-    from firmware_agent.provisioning import Provisioning  # noqa: PLC0415
+    stolen = site.base / "boards" / first / "root/var/lib/picket/key.pem"
 
-    serve = Provisioning.serve
+    def with_clone(image: Path, root: Path) -> None:
+        unpack(image, root)
+        (root / "var/lib/picket").mkdir(parents=True, mode=0o700, exist_ok=True)
+        shutil.copy(stolen, root / "var/lib/picket/key.pem")
 
-    def with_clone(self: Provisioning, stream: object) -> None:
-        path = self._paths.key_file
-        path.write_bytes(stolen)
-        path.chmod(0o600)
-        serve(self, stream)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Provisioning, "serve", with_clone)
+    monkeypatch.setattr("factory.drivers.simulated.unpack", with_clone)
 
     attempt, run = site.run(second)
 

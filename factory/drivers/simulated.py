@@ -1,10 +1,10 @@
 """The simulated board: one object that is medium, supply, console, network and sensor, so that its parts agree.
 
-On it runs the real firmware agent: in factory mode behind a real SSH server on loopback, in product mode as a process
-of its own, started by the real launcher from the releases on the board's medium. It reads its facts from a kernel's
-files and its sensor through a socket, so nothing of it knows where it runs. On the console, a real pty, stands the real
-banner. What a board keeps lies in one folder: its SoC serial, its medium, and the root file system that was on it. It
-refuses nonsense (a medium written while the board has power), and faults can be injected by name.
+On it runs the real firmware agent, as processes of the release on the board's medium: in factory mode behind a real SSH
+server on loopback, in product mode started by the real launcher. It reads its facts from a kernel's files and its
+sensor through a socket, so nothing of it knows where it runs. On the console, a real pty, stands the banner. What a
+board keeps lies in one folder: its SoC serial, its medium, and the root file system that was on it. It refuses nonsense
+(a medium written while the board has power), and faults can be injected by name.
 
     <place>/medium.img      what the station flashes
     <place>/root/           what the image unpacked: launcher, releases, TUF root; and what the agent keeps
@@ -33,7 +33,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pkcs11
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from paramiko.ed25519key import Ed25519Key
@@ -45,7 +44,7 @@ from factory.drivers.console import SerialConsole
 from factory.drivers.gpio_server import GpioServer
 from factory.drivers.pir import Pir, PirFault
 from factory.drivers.simulated_medium import NoBootError, SimulatedStorage, unpack
-from factory.drivers.simulated_ssh import FactorySsh
+from factory.drivers.simulated_ssh import FactorySsh, Program
 from factory.drivers.software_tpm import SoftwareTpm, missing
 from factory.drivers.ssh import SshShell
 from factory.errors import StationFault, UserMistake
@@ -53,12 +52,9 @@ from factory.files import write_whole
 from firmware_agent import __version__ as agent_version
 from firmware_agent.board import RaspberryPi
 from firmware_agent.errors import SettingsFault
-from firmware_agent.keys import tpm_key
-from firmware_agent.pins import open_pins
-from firmware_agent.provisioning import Provisioning
 from firmware_agent.settings import Settings
 from firmware_agent.settings import parse as parse_settings
-from firmware_agent.wire import Banner, Stream
+from firmware_agent.wire import Banner
 
 MEDIUM_BYTES = 64 * 2**20
 GPIO_CHIP = "pinctrl-bcm2835"
@@ -298,7 +294,9 @@ class _System:
     def stop(self) -> None:
         """Cut the power: the product dies between two instructions."""
         self._over.set()
-        self._leave_factory_mode()
+        ssh, self._ssh = self._ssh, None
+        if ssh is not None:
+            ssh.close()
         if self._product is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._product.pid, signal.SIGKILL)
@@ -313,8 +311,6 @@ class _System:
     # --- factory mode ----------------------------------------------------------------------------------------------
 
     def _run_factory(self, settings: Settings) -> None:
-        if self._hardware.tpm is not None:
-            tpm_key.use(settings)
         public = settings.paths.host_key
         private = public.with_suffix("")
         if not private.exists():
@@ -322,7 +318,15 @@ class _System:
         host_key = Ed25519Key.from_private_key_file(str(private))
         line = f"{host_key.get_name()} {host_key.get_base64()}"
         write_whole(public, f"{line}\n".encode())
-        self._ssh = FactorySsh(host_key, self._hardware.factory_key, lambda stream: self._provision(settings, stream))
+        current = settings.paths.releases / "current"
+        agent = ["-P", "-m", "firmware_agent", "--settings", str(self._hardware.settings_file), "provision"]
+        session = Program(
+            command=[sys.executable, *agent],
+            environment=_environment() | {"PYTHONPATH": str(current), "PYTHONDONTWRITEBYTECODE": "1"},
+            errors=self._hardware.console.log,
+            ended=lambda: self._after_session(settings),
+        )
+        self._ssh = FactorySsh(host_key, self._hardware.factory_key, session)
         if injected.NO_BANNER not in self._hardware.faults:
             self._thread(self._say_banner, settings, line)
 
@@ -336,27 +340,12 @@ class _System:
             self._hardware.console.say(line)
             self._over.wait(BANNER_SECONDS)
 
-    def _provision(self, settings: Settings, stream: Stream) -> None:
-        Provisioning(
-            settings,
-            RaspberryPi(settings.paths.board),
-            open_pins(settings),
-            on_seal=lambda: self._thread(self._seal, settings),
-        ).serve(stream)
-
-    def _seal(self, settings: Settings) -> None:
-        """What the unit's root service does: shut the factory's way in, then reboot into product mode."""
-        write_whole(settings.paths.sealed, b"")
-        settings.paths.seal_request.unlink(missing_ok=True)
-        self._hardware.reboot(self)
-
-    def _leave_factory_mode(self) -> None:
-        """Shut the factory's way in, and let go of the TPM: a bare one answers one process at a time."""
-        ssh, self._ssh = self._ssh, None
-        if ssh is not None:
-            ssh.close()
-            if self._hardware.tpm is not None and self._settings is not None:
-                pkcs11.unload(str(self._settings.tpm.module))
+    def _after_session(self, settings: Settings) -> None:
+        """What the unit's root service does once the agent has asked to be sealed; then the board reboots."""
+        if settings.paths.seal_request.exists() and not self._over.is_set():
+            write_whole(settings.paths.sealed, b"")
+            settings.paths.seal_request.unlink()
+            self._hardware.reboot(self)
 
     # --- product mode ----------------------------------------------------------------------------------------------
 
@@ -366,7 +355,7 @@ class _System:
         releases = ["--releases", str(paths.releases), "--state", str(paths.state)]
         config = simulated_init.Config(
             command=[sys.executable, "-I", "-S", str(root / "usr/lib/picket/launcher.py"), *releases, "--", *agent],
-            environment={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"LANG": "C.UTF-8"},
+            environment=_environment(),
             directory=str(paths.run),
             notify=str(self._hardware.sockets / "notify"),
             reboot_request=str(paths.state / "reboot-request"),
@@ -391,6 +380,11 @@ class _System:
             self._hardware.reboot(self)
 
 
+def _environment() -> dict[str, str]:
+    """What a program on the board finds in its environment, as little as systemd gives it."""
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"LANG": "C.UTF-8"}
+
+
 class _Console:
     """A pty: the board writes at one end, pyserial reads at the other. All of it goes to a log, too."""
 
@@ -399,16 +393,16 @@ class _Console:
         tty.setraw(self._theirs)
         os.set_blocking(self._ours, False)
         self.path = os.ttyname(self._theirs)
-        self._log = log.open("a", buffering=1)
+        self.log = log.open("a", buffering=1)
 
     def say(self, line: str) -> None:
         """Print a line; as on a wire, what nobody reads is lost."""
-        self._log.write(f"{time.time():.3f} {line}\n")
+        self.log.write(f"{time.time():.3f} {line}\n")
         with suppress(BlockingIOError, OSError):
             os.write(self._ours, line.encode() + b"\r\n")
 
     def close(self) -> None:
-        self._log.close()
+        self.log.close()
         os.close(self._ours)
         os.close(self._theirs)
 

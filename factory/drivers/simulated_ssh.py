@@ -1,17 +1,39 @@
 """The simulated board's SSH server: on loopback, with a host key of its own, open to the factory key alone.
 
-Whatever a session asks for, the one program runs, as on a unit whose keys carry a forced command.
+Whatever a session asks for, the one program runs, as on a unit whose keys carry a forced command. The program is a
+process of its own whose standard input and output are the session.
 """
 
+import os
 import socket
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO
 
 import paramiko
 from paramiko.ed25519key import Ed25519Key
 
-from firmware_agent.wire import Stream
+_PIECE = 65536
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a session runs.
+
+    Attributes:
+        command: program and arguments.
+        environment: all of its environment.
+        errors: where its standard error goes.
+        ended: called when a session is over.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    errors: IO[str]
+    ended: Callable[[], None]
 
 
 class FactorySsh:
@@ -20,27 +42,31 @@ class FactorySsh:
     Args:
         host_key: the board's.
         factory_key: the public line of the only key that is let in.
-        program: what a session runs, on a stream with lines.
+        program: what a session runs.
     """
 
-    def __init__(self, host_key: Ed25519Key, factory_key: str, program: Callable[[Stream], None]) -> None:
+    def __init__(self, host_key: Ed25519Key, factory_key: str, program: Program) -> None:
         self._host_key = host_key
         self._factory_key = factory_key
         self._program = program
         self._transports: list[paramiko.Transport] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._accept, name="ssh", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Nobody is let in any more, and whoever is in is thrown out."""
+        """Nobody is let in any more, and whoever is in is thrown out, between two instructions."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._thread.join()
+        for process in self._processes:
+            process.kill()
+            process.wait()
         for transport in self._transports:
             transport.close()
-        self._thread.join()
 
     def _accept(self) -> None:
         while True:
@@ -55,10 +81,37 @@ class FactorySsh:
                 transport.start_server(server=_Door(self._factory_key, self._serve))
 
     def _serve(self, channel: paramiko.Channel) -> None:
+        program = self._program
+        with subprocess.Popen(
+            program.command,
+            env=program.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=program.errors,
+            start_new_session=True,  # a Ctrl-C at the station is the station's to handle
+        ) as process:
+            self._processes.append(process)
+            threading.Thread(target=_feed, args=(channel, process), daemon=True).start()
+            output = process.stdout
+            with suppress(OSError, EOFError):
+                while output is not None and (piece := os.read(output.fileno(), _PIECE)):
+                    channel.sendall(piece)
         with suppress(OSError, EOFError):
-            self._program(_ChannelStream(channel))
-        with suppress(OSError, EOFError):
+            channel.send_exit_status(process.returncode)
             channel.close()
+        program.ended()
+
+
+def _feed(channel: paramiko.Channel, process: "subprocess.Popen[bytes]") -> None:
+    """What the session sends becomes the program's standard input, until either ends."""
+    source = process.stdin
+    with suppress(OSError, EOFError, ValueError):
+        while source is not None and (piece := channel.recv(_PIECE)):
+            source.write(piece)
+            source.flush()
+    with suppress(OSError, ValueError):
+        if source is not None:
+            source.close()
 
 
 class _Door(paramiko.ServerInterface):
@@ -85,29 +138,3 @@ class _Door(paramiko.ServerInterface):
     ) -> bool:
         threading.Thread(target=self._serve, args=(channel,), daemon=True).start()
         return True
-
-
-class _ChannelStream:
-    """A paramiko channel as a stream with lines."""
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self._rest = b""
-
-    def readline(self, limit: int = -1, /) -> bytes:
-        while b"\n" not in self._rest and (limit < 0 or len(self._rest) < limit):
-            data = self._channel.recv(65536)
-            if not data:
-                break
-            self._rest += data
-        end = self._rest.find(b"\n") + 1 or len(self._rest)
-        if limit >= 0:
-            end = min(end, limit)
-        line, self._rest = self._rest[:end], self._rest[end:]
-        return line
-
-    def write(self, data: bytes, /) -> None:
-        self._channel.sendall(data)
-
-    def flush(self) -> None:
-        """Nothing is held back."""

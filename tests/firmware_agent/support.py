@@ -223,11 +223,11 @@ class Unit:
 class Station:
     """The other end of the wire, over a real socket."""
 
-    def __init__(self, unit: Unit, on_seal: Callable[[], None] | None = None) -> None:
+    def __init__(self, unit: Unit) -> None:
         ours, theirs = socket.socketpair()
         self._socket = ours
         self.stream = ours.makefile("rwb", buffering=0)
-        provisioning = Provisioning(unit.settings, unit.board, unit.pins, on_seal=on_seal, sleep=lambda _: None)
+        provisioning = Provisioning(unit.settings, unit.board, unit.pins, sleep=lambda _: None)
 
         def serve() -> None:
             with theirs, theirs.makefile("rwb", buffering=0) as stream:
