@@ -13,11 +13,9 @@ import secrets
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ParamSpec
@@ -34,6 +32,7 @@ from cloud.local import launcher
 from cloud.local.endpoint import LocalEndpoint
 from cloud.registry import Registry
 from cloud.target import local_target, open_target
+from demo import Alarm, Powered, SecondAct, Updates, raise_alarm
 from factory import authority
 from factory.authority import CertificateAuthority
 from factory.bench import Bench, Image, Unit
@@ -234,14 +233,21 @@ class Station:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, serial: str, *, rework: bool = False) -> Iterator[Station]:
+    def opened(cls, path: Path, serial: str, *, rework: bool = False, slot: str = "") -> Iterator[Station]:
         """Open the station of a bench file for one unit, and fail at once for what would fail every unit.
+
+        Args:
+            path: the bench file.
+            serial: the unit's.
+            rework: make it again although it has passed.
+            slot: another slot of the same bench, so that two units can be on it at once.
 
         Raises:
             UserMistake: the bench file or the passphrase is wrong, or the unit has passed and is not to be reworked.
             StationFault: image, signing CA, cloud, factory key, a folder or a driver is not ready.
         """
         file = load_bench_file(path)
+        file = replace(file, name=f"{file.name}{slot}")
         unit = Unit(checked_serial(serial), file.batch)
         if not rework:
             with closing(open_records(file)) as records:
@@ -404,32 +410,70 @@ def demo(
     file = load_bench_file(bench)
     if file.cloud.target != "local" or file.board.scheme not in SERIAL_PREFIXES:
         raise UserMistake("the demo is for boards and clouds that are not real", advice="Use: ./station.py run")
+    told: dict[str, Any] = {}
+    path = summary or file.labels.parent / "summary.json"
     with running_cloud(file) as endpoint:
         prepare(file)
-        with closing(open_records(file)) as records:
-            serial = next_serial(records, file.board.scheme)
-        say(f"The line makes {serial} on bench {file.name}.")
-        with Station.opened(bench, serial) as station:
-            station.registry.owner(serial, DEMO_PHONE, DEMO_ZONE)
-            attempt, alarm = station.run(as_json=False), None
-            path = summary or file.labels.parent / "summary.json"
-            try:
-                if attempt.made is not None:
-                    alarm = raise_alarm(station, endpoint)
-            finally:
-                write_whole(path, json.dumps(summarise(station, attempt, alarm), indent=2).encode(), mode=0o644)
-    if attempt.made is not None and alarm is not None:
-        show_story(file, attempt.made, alarm, path)
-        forget_older_boards(file, serial)
-    return attempt.code
+        try:
+            code = play(bench, file, endpoint, told)
+        finally:
+            write_whole(path, json.dumps(told, indent=2).encode(), mode=0o644)
+    if code is ExitCode.PASS:
+        show_next_steps(file, told["serial"], path)
+    return code
 
 
-def forget_older_boards(file: BenchFile, serial: str) -> None:
-    """Of the demo's boards that passed, keep the last: a virtual Pi's medium takes some hundred megabytes."""
-    board = Path(file.board.place.replace("{serial}", serial))
+def play(bench: Path, file: BenchFile, endpoint: LocalEndpoint, told: dict[str, Any]) -> ExitCode:
+    """Both acts; `told` gets what happened, as plain data."""
+    with ExitStack() as powered:
+        first = powered.enter_context(Station.opened(bench, next_unit(file)))
+        say(f"The line makes {first.unit.serial} on bench {first.file.name}.")
+        attempt, alarm = make_unit(first), None
+        try:
+            if attempt.made is not None:
+                alarm = raise_alarm(first.unit.serial, first.bench.stimulus, endpoint, out)
+        finally:
+            told.update(summarise(first, attempt, alarm))
+        if attempt.made is None or alarm is None:
+            return attempt.code
+        show_unit(attempt.made, alarm)
+        say("Second act: two units in the field, and two releases for them.")
+        second = powered.enter_context(Station.opened(bench, next_unit(file), slot="-2"))
+        say(f"The line makes {second.unit.serial} in another slot.")
+        attempt = make_unit(second)
+        if attempt.made is None:
+            return attempt.code
+        units = [Powered(one.unit.serial, one.bench.stimulus) for one in (second, first)]
+        fielded = SecondAct(updates_of(file), endpoint, units[0], units[1:], out).play()
+        told["update"] = asdict(fielded)
+        show_alarm(fielded.alarm)
+    forget_older_boards(file, {first.unit.serial, second.unit.serial})
+    return ExitCode.PASS
+
+
+def next_unit(file: BenchFile) -> str:
+    """The serial of the next unit that the demo makes on a bench."""
     with closing(open_records(file)) as records:
-        for other in board.parent.glob(f"{SERIAL_PREFIXES[file.board.scheme]}[0-9]*"):
-            if other.name != board.name and records.passed(other.name):
+        return next_serial(records, file.board.scheme)
+
+
+def make_unit(station: Station) -> Attempt:
+    """Take the demo's unit through the line; its owner has a telephone."""
+    station.registry.owner(station.unit.serial, DEMO_PHONE, DEMO_ZONE)
+    return station.run(as_json=False)
+
+
+def updates_of(file: BenchFile) -> Updates:
+    """The update repository that goes with a bench's cloud."""
+    return Updates(file.cloud.state.parent / "updates", file.cloud.state, file.labels.parent / "releases")
+
+
+def forget_older_boards(file: BenchFile, serials: set[str]) -> None:
+    """Of the demo's boards that passed, keep these: a virtual Pi's medium takes some hundred megabytes."""
+    boards = Path(file.board.place.replace("{serial}", "-")).parent
+    with closing(open_records(file)) as records:
+        for other in boards.glob(f"{SERIAL_PREFIXES[file.board.scheme]}[0-9]*"):
+            if other.name not in serials and records.passed(other.name):
                 shutil.rmtree(other)
 
 
@@ -467,7 +511,10 @@ def prepare(file: BenchFile) -> None:
     register(Registry(target), signing)
     if file.board.scheme == "simulated":
         factory_key.ensure(file.factory_key)
-        sample.build(file.image)
+        updates = updates_of(file)
+        if updates.prepare():
+            say(f"Made the keys of updates in {updates.directory}.")
+        sample.build(file.image, updates.root)
 
 
 #: The demos share a cloud, so their serials must not meet.
@@ -479,41 +526,6 @@ def next_serial(records: Records, scheme: str) -> str:
     pattern = re.compile(re.escape(SERIAL_PREFIXES[scheme]) + "([0-9]{5})")
     numbers = [int(found[1]) for found in map(pattern.fullmatch, records.serials()) if found]
     return f"{SERIAL_PREFIXES[scheme]}{max(numbers, default=0) + 1:05}"
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """The SMS that a movement became, and how long that took."""
-
-    to: str
-    text: str
-    seconds: float
-
-
-WAVE_SECONDS = 4.0
-ALARM_SECONDS = 120.0
-
-
-def raise_alarm(station: Station, endpoint: LocalEndpoint) -> Alarm:
-    """Wave at the unit's PIR until its owner gets an SMS: the unit ignores its PIR for a minute after power-up.
-
-    Raises:
-        CloudFault: no SMS came.
-    """
-    begun = time.monotonic()
-    with out.status("Waving at the PIR") as status:
-        while time.monotonic() - begun < ALARM_SECONDS:
-            since, waved = datetime.now(UTC), time.monotonic()
-            station.bench.stimulus.wave()
-            while time.monotonic() - waved < WAVE_SECONDS:
-                for message in launcher.sms(endpoint, since):
-                    return Alarm(message.to, message.text, time.monotonic() - waved)
-                time.sleep(0.01)
-            status.update("Waving at the PIR again: the unit ignores it for a minute after power-up")
-    raise CloudFault(
-        f"no SMS within {ALARM_SECONDS:.0f} s of waving at the PIR of {station.unit.serial}, which has passed the line",
-        advice="The alarm rule or process_alarm is missing in the cloud: deploy the stack again (make cloud).",
-    )
 
 
 def summarise(station: Station, attempt: Attempt, alarm: Alarm | None) -> dict[str, Any]:
@@ -539,17 +551,26 @@ def summarise(station: Station, attempt: Attempt, alarm: Alarm | None) -> dict[s
     }
 
 
-def show_story(file: BenchFile, made: Made, alarm: Alarm, summary: Path) -> None:
-    """The end of the demo: what came of it, and what to try next."""
+def show_unit(made: Made, alarm: Alarm) -> None:
+    """The end of the first act: what came of the unit."""
     if made.key == "file":
         say("Key grade: file. No TPM emulator is installed here, and the record says so; make demo-vm brings one.")
     say(f"Label: {made.label}")
-    say(f"Summary: {summary}")
+    show_alarm(alarm)
+
+
+def show_alarm(alarm: Alarm) -> None:
+    """What the owner reads."""
     title = f"SMS to {alarm.to}, {alarm.seconds * 1000:.0f} ms after the movement"
     out.print(
         Panel(Text(alarm.text, style="bold"), title=title, title_align="left", border_style="green", expand=False)
     )
-    serial, python = made.unit.serial, ".venv/bin/python"
+
+
+def show_next_steps(file: BenchFile, serial: str, summary: Path) -> None:
+    """What to try next."""
+    say(f"Summary: {summary}")
+    python = ".venv/bin/python"
     again, other = ("demo", "demo-vm") if file.board.scheme == "simulated" else ("demo-vm", "demo")
     out.print("What to try next:", style="bold")
     for line, why in (

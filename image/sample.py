@@ -37,6 +37,9 @@ warm_up_seconds = 0.5
 "pinctrl-bcm2835" = 27
 [tuning]
 heartbeat_seconds = 5
+[update]
+health_seconds = 5
+soft_seconds = 30
 """
 
 

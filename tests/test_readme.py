@@ -12,6 +12,7 @@ from PIL import Image
 
 from factory.label import scan
 from factory.line import STEPS
+from firmware_agent import __version__
 from tests.site import as_a_user, fresh_checkout
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def test_make_demo_tells_the_whole_story_and_then_makes_the_next_unit(clone: Pat
     text, first = demo(clone)
     _, second = demo(clone)
 
-    assert (first["serial"], second["serial"]) == ("PK-S00001", "PK-S00002")
+    assert (first["serial"], second["serial"]) == ("PK-S00001", "PK-S00003")
     assert first["outcome"] == "pass"
     assert [(step["name"], step["outcome"]) for step in first["steps"]] == [(name, "pass") for name in STEPS]
     assert all(step["seconds"] >= 0 for step in first["steps"])
@@ -89,8 +90,19 @@ def test_make_demo_tells_the_whole_story_and_then_makes_the_next_unit(clone: Pat
     assert first["sms"]["text"].startswith("Your security system just detected motion at: ")
     assert first["sms"]["text"] in text
     assert first["edge_to_sms_seconds"] > 0
-    with Image.open(clone / "build/demo/labels/PK-S00001.png") as label:
-        assert scan(label) == "PK-S00001"
+    for number, told in ((1, first), (3, second)):
+        with Image.open(clone / f"build/demo/labels/PK-S0000{number}.png") as label:
+            assert scan(label) == f"PK-S0000{number}"
+        fielded = told["update"]
+        assert (fielded["canary"], fielded["others"]) == (f"PK-S0000{number + 1}", [f"PK-S0000{number}"])
+        assert fielded["before"] == __version__
+        assert fielded["after"] == dict.fromkeys([fielded["canary"], *fielded["others"]], fielded["good"])
+        assert fielded["code"] == "unhealthy"
+        assert "an alarm could not be kept" in fielded["reason"]
+        assert fielded["alarm"]["text"].startswith("Your security system just detected motion at: ")
+        assert fielded["delta_bytes"] < fielded["archive_bytes"] / 10
+    assert (first["update"]["good"], first["update"]["bad"]) == ("0.2.0", "0.3.0")
+    assert (second["update"]["good"], second["update"]["bad"]) == ("0.4.0", "0.5.0")
     assert not (clone / "build/cloud/endpoint.json").exists(), "the demo left its cloud running"
 
 
@@ -117,17 +129,32 @@ def test_a_demo_broken_on_purpose_fails_in_the_step_where_it_should(clone: Path,
 
 def test_a_demo_without_the_alarm_rule_says_that_no_sms_came(clone: Path) -> None:
     template = clone / "cloud/template.yaml"
-    station = clone / "station.py"
-    whole, code = template.read_text(), station.read_text()
+    story = clone / "demo.py"
+    whole, code = template.read_text(), story.read_text()
     assert "dt/picket/+/alarm" in whole
     template.write_text(whole.replace("dt/picket/+/alarm", "dt/picket/+/nothing"))
-    station.write_text(code.replace("ALARM_SECONDS = 120.0", "ALARM_SECONDS = 6.0"))
+    story.write_text(code.replace("ALARM_SECONDS: Final = 120.0", "ALARM_SECONDS: Final = 6.0"))
     try:
         ran = as_a_user(clone, "make", "demo")
     finally:
         template.write_text(whole)
-        station.write_text(code)
+        story.write_text(code)
 
     assert "Error 3" in ran.stderr
     assert "no SMS within 6 s" in " ".join(ran.stderr.split())
     assert json.loads((clone / "build/demo/summary.json").read_text())["sms"] is None
+
+
+def test_a_demo_whose_bad_release_is_good_says_that_it_is(clone: Path) -> None:
+    story = clone / "demo.py"
+    code = story.read_text()
+    assert "BEGIN IMEDIATE" in code
+    story.write_text(code.replace("BEGIN IMEDIATE", "BEGIN IMMEDIATE"))
+    try:
+        ran = as_a_user(clone, "make", "demo")
+    finally:
+        story.write_text(code)
+
+    assert "Error 3" in ran.stderr
+    assert "has a slip in it, and no unit failed" in " ".join(ran.stderr.replace("│", " ").split())
+    assert "update" not in json.loads((clone / "build/demo/summary.json").read_text())

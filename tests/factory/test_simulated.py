@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import station
+from demo import raise_alarm
 from factory.connect import wait_until
 from factory.drivers.simulated import SimulatedBoard
 from factory.errors import StationFault
@@ -58,7 +59,7 @@ class Sealed:
 
     def alarms(self) -> str:
         """Wave until the owner gets an SMS; its text."""
-        return station.raise_alarm(self.opened, self.site.cloud).text
+        return raise_alarm(self.opened.unit.serial, self.board, self.site.cloud, station.out).text
 
 
 def _arguments(process: Path) -> list[str]:
