@@ -53,7 +53,7 @@ def make(old: bytes, new: bytes) -> bytes:
         LEVEL,
         window_log=window_log,
         # Tables as large as the window: zstd silently forgets what is further back in a dictionary than 8 << hash_log.
-        chain_log=window_log,
+        chain_log=window_log + 1,  # a binary tree of two entries each
         hash_log=window_log - 2,
         write_checksum=False,
         write_content_size=True,
