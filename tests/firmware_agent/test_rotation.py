@@ -6,9 +6,11 @@ the jobs service, the link, and what the decision's effects are on a cloud in me
 
 import hashlib
 import json
+import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -24,19 +26,20 @@ from cryptography.x509.oid import NameOID
 
 from cloud.handlers import rotate_certificate as function
 from cloud.handlers.rotate_certificate import GiveUp, Issue, Refuse, Reissue, Retire, Row
-from firmware_agent import files, identity, rotation
+from firmware_agent import files, identity, mqtt, rotation
 from firmware_agent.errors import AgentFault, BadCertificate, KeyFault, KeyMismatch, WrongState, WrongSubject
 from firmware_agent.identity import Identity
 from firmware_agent.jobs import runner as jobs_runner
 from firmware_agent.jobs.kind import Done
 from firmware_agent.jobs.runner import Runner
-from firmware_agent.keys import DeviceKey, valid_slot
+from firmware_agent.keys import DeviceKey, KeyStore, open_store, tpm_key, valid_slot
 from firmware_agent.keys.file_key import FileKeys
 from firmware_agent.mqtt import NotDeliveredError
 from firmware_agent.rotation import Exchange, KeyInForce, Rotation
 from tests.firmware_agent.jobs.world import Cut, Disks, Plug, Watched, plugged
 from tests.firmware_agent.jobs_service import JobsService, LocalLink
-from tests.firmware_agent.support import BOARD, SERIAL, Ca, pem
+from tests.firmware_agent.support import BOARD, PKCS11_MODULES, SERIAL, Broker, Ca, pem, swtpm, tpm_parts_missing
+from tests.firmware_agent.support import Unit as AgentUnit
 
 JOB = "rotate-1"
 DOCUMENT = {"picket": 1, "operation": "rotate-certificate", "product": "picket"}
@@ -163,11 +166,12 @@ class Cloud(LocalLink):
 class Unit:
     """A unit's disk, and processes on it."""
 
-    def __init__(self, root: Path, cloud: Cloud, factory: Ca) -> None:
+    def __init__(self, root: Path, cloud: Cloud, factory: Ca, store: KeyStore | None = None) -> None:
         self.root = root
         self.cloud = cloud
         self.state = root / "state"
-        self.state.mkdir(parents=True)
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.store = store or FileKeys(self.state / "key.pem")
         key = self.store.ensure()
         found = Identity(
             SERIAL,
@@ -187,10 +191,6 @@ class Unit:
     @property
     def link(self) -> Path:
         return self.state / "identity"
-
-    @property
-    def store(self) -> FileKeys:
-        return FileKeys(self.state / "key.pem")
 
     def start(self) -> Identity:
         """What the product does first; a unit that fails here never starts again."""
@@ -254,7 +254,7 @@ class Unit:
     def left_over(self) -> set[str]:
         """What lies about on the disk that belongs to nothing."""
         now = identity.load(self.link)
-        key = self.store._file(now.slot).name
+        key = f"key-{now.slot}.pem" if now.slot else "key.pem"
         wanted = {"identity", "identity.d", f"identity.d/{identity.in_force(self.link)}", key, "jobs"}
         wanted |= {
             f"identity.d/{identity.in_force(self.link)}/{name}" for name in ("chain.pem", "trust.pem", "endpoint.json")
@@ -645,6 +645,53 @@ def test_the_name_that_aws_gives_to_the_nameless_is_no_other_units(
 
     with pytest.raises(BadCertificate):
         identity.check(replace(found, chain=pem(nameless), slot=""), key, BOARD)
+
+
+# --- keys in a TPM --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_tpm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AgentUnit]:
+    if missing := tpm_parts_missing():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    for name in ("TPM2_PKCS11_STORE", "TPM2_PKCS11_TCTI", "TPM2_PKCS11_BACKEND"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("TSS2_LOG", "all+NONE")
+    with swtpm(tmp_path / "tpm") as tcti:
+        made = AgentUnit.make(tmp_path / "disk", store="tpm", tcti=tcti, module=str(PKCS11_MODULES[0]))
+        made.settings.paths.state.mkdir(parents=True)
+        tpm_key.use(made.settings)
+        yield made
+
+
+def test_in_a_tpm_the_new_key_takes_the_place_of_the_old_one_and_connects(
+    with_tpm: AgentUnit, service: JobsService, broker: Broker, ca: Ca
+) -> None:
+    store = open_store(with_tpm.settings)
+    cloud = Cloud(service)
+    cloud.ca = ca
+    unit = Unit(with_tpm.root, cloud, ca, store)
+    store.close()  # here is no resource manager, and a bare TPM has no room for the key just made and another
+    service.create(JOB, DOCUMENT, SERIAL)
+    unit.run()
+    found = unit.start()
+    store.close()
+    broker.start()
+    attempt = mqtt.attempt(
+        replace(found, host="localhost", port=broker.port),
+        store.load(found.slot),
+        f"dt/picket/{SERIAL}/hello",
+        b"{}",
+        keep_alive_seconds=45,
+        now=time.time(),
+    )
+    slots = store.slots()
+    store.close()
+
+    assert service.status(JOB, SERIAL) == "SUCCEEDED"
+    assert attempt.outcome == "held", attempt.detail
+    assert found.slot
+    assert slots == (found.slot,)
 
 
 # --- keys in files --------------------------------------------------------------------------------------------------
