@@ -92,7 +92,10 @@ class Delivery:
             self._resume_at = now + RETRY_SECONDS
 
     def note(self, message: Spooled, error: BaseException | None) -> bool:
-        """What came of `message`: False when it seems that nobody is there any more."""
+        """What came of `message`: False when it seems that nobody is there any more.
+
+        A slow link is not left for a new one, which costs a handshake: on it, others are acknowledged meanwhile.
+        """
         now = time.monotonic()
         known = self._flying.pop(message.id, None) is not None
         if error is None:
@@ -109,7 +112,7 @@ class Delivery:
         refused = isinstance(error, NotAllowedError)
         if not (refused and message.kind in _MAY_WAIT):
             self._resume_at = now + RETRY_SECONDS
-        return refused or now - self._acknowledged_at < mqtt.ACK_SECONDS
+        return refused or now - self._acknowledged_at < mqtt.ACK_SECONDS / 2
 
     def _room(self) -> int:
         return max(0, int(self._window) - len(self._flying))

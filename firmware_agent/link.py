@@ -373,9 +373,9 @@ class Link:
                 self._delivery.begin()
                 self._detail = f"connected to {self._identity.host}"
                 self._notify.status(self._detail)
-            case Down(detail):
+            case Down(detail) if self._state == "connected":  # else it was let go of already
                 self._retry(detail, connection)
-            case Failed(outcome, detail):
+            case Failed(outcome, detail) if self._state == "connecting":
                 why = diagnosis.explain(self._identity) if outcome in {"tls", "unreachable", "dropped"} else None
                 self._retry(f"{outcome}, {detail}" + (f" ({why})" if why else ""), connection)
             case _:

@@ -6,14 +6,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from firmware_agent import identity
 from firmware_agent.identity import Identity
 from firmware_agent.keys import open_store
 from firmware_agent.link import Link
 from firmware_agent.spool import Spool
 from firmware_agent.systemd import Systemd
-from tests.firmware_agent.support import Broker, Ca, Unit, provision, wait_for
+from tests.firmware_agent.support import SERIAL, Broker, Ca, Station, Unit, burn_in_params, pem, wait_for
 
 #: As the cloud's policy has it: a unit's own data, and its own reserved topics.
 ACL = """user observer
@@ -29,20 +32,42 @@ def permit(broker: Broker, acl: str = ACL) -> None:
     (broker._directory / "acl").write_text(acl)
 
 
+def provision_as(unit: Unit, ca: Ca, port: int, serial: str) -> Identity:
+    """As `provision`, under a name of its own."""
+    station = Station(unit)
+    try:
+        csr = x509.load_pem_x509_csr(station.ask("enrol", serial=serial)["csr"].encode())
+        key = csr.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        params = burn_in_params(ca, ca.leaf(key, serial), pem(ca.certificate), port)
+        station.ask("burn-in", **{**params, "serial": serial})
+    finally:
+        station.close()
+    return identity.load(unit.settings.paths.identity)
+
+
 @dataclass
 class Running:
     """A link on its own thread."""
 
     link: Link
     spool: Spool
+    identity: Identity
     beats: list[None]
 
     @classmethod
     @contextlib.contextmanager
     def of(
-        cls, unit: Unit, ca: Ca, port: int, *, host: str = "localhost", rate: float = 100_000.0, **changes: Any
+        cls,
+        unit: Unit,
+        ca: Ca,
+        port: int,
+        *,
+        serial: str = SERIAL,
+        host: str = "localhost",
+        rate: float = 100_000.0,
     ) -> Iterator["Running"]:
-        found: Identity = replace(provision(unit, ca, port), host=host, **changes)
+        found: Identity = replace(provision_as(unit, ca, port, serial), host=host)
         settings = replace(unit.settings, mqtt=replace(unit.settings.mqtt, publishes_per_second=rate))
         store = open_store(settings)
         stop = threading.Event()
@@ -60,7 +85,7 @@ class Running:
             thread = threading.Thread(target=run)
             thread.start()
             try:
-                yield cls(link, spool, beats)
+                yield cls(link, spool, found, beats)
             finally:
                 stop.set()
                 link.wake()
