@@ -180,8 +180,8 @@ class Fleet:
 
     def _put(self, file: "Published") -> bool:
         """Upload a file unless it is there; whether it was new."""
-        bucket, content = self._bucket(file.name), file.file.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
+        bucket, (content, encoding) = self._bucket(file.name), file.body()
+        digest = hashlib.sha256(file.file.read_bytes()).hexdigest()
         there = self._digest(bucket, file.name)
         if there == digest:
             return False
@@ -190,12 +190,14 @@ class Fleet:
                 f"s3://{bucket}/{file.name} has other bytes than {file.file}, and units may have taken them:"
                 " publish under a new version instead"
             )
+        packed: dict[str, Any] = {"ContentEncoding": encoding} if encoding else {}
         self._s3.put_object(
             Bucket=bucket,
             Key=file.name,
             Body=content,
             Metadata={"sha256": digest},
             CacheControl="public, max-age=31536000, immutable" if file.immutable else "no-cache",
+            **packed,
         )
         return True
 

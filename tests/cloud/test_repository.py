@@ -1,5 +1,6 @@
 """The update repository: what is staged, who must sign, what is published and in which order."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -155,6 +156,17 @@ def test_files_come_in_an_order_that_is_safe_to_copy(world: World, tmp_path: Pat
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
+
+
+def test_metadata_are_served_packed_and_payloads_as_they_are(world: World) -> None:
+    world.release("1.2.0")
+
+    for file in world.repository.files_to_publish():
+        body, encoding = file.body()
+        packed = file.immutable and file.name.startswith("metadata/")
+        assert encoding == ("gzip" if packed else None)
+        assert (gzip.decompress(body) if packed else body) == file.file.read_bytes()
+        assert file.body() == (body, encoding)
 
 
 class PowerCut(Exception):
