@@ -8,11 +8,12 @@ Exit codes:
     4   run: halted, because the device key is gone (no TPM where one is configured, a key that cannot be used);
         starting again would not help, so the unit file says RestartPreventExitStatus=4 78
     5   run: another release is in force now; to be started again at once
-    78  the settings cannot be used (EX_CONFIG of sysexits.h)
+    78  the settings cannot be used (EX_CONFIG of sysexits.h); run: not even in safe mode, with what can be read of them
 """
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING
 from firmware_agent import __version__
 from firmware_agent.board import RaspberryPi
 from firmware_agent.errors import AgentFault, KeyFault, NoTpm, SettingsFault
-from firmware_agent.settings import DEFAULT_PATH, Settings, load
+from firmware_agent.settings import DEFAULT_PATH, Settings, load, salvage
 
 if TYPE_CHECKING:
     from firmware_agent.product import Product
@@ -44,6 +45,7 @@ examples:
   picket-agent provision               answer the station on standard input and output
   echo '{"id":1,"verb":"identify"}' | picket-agent provision
   picket-agent run                     product mode: watch the PIR, raise alarms
+  picket-agent status                  say how this unit is
 """
 
 
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("banner", help="say the factory banner on standard output until the station answers")
     verbs.add_parser("run", help="product mode")
     verbs.add_parser("clock", help="set the clock by the cloud's endpoint, if no time server has done so")
+    status = verbs.add_parser("status", help="say how this unit is, whether its agent runs or not")
+    status.add_argument("--json", action="store_true", help="for programs")
     verbs.add_parser("version", help="print the agent's version")
     return parser
 
@@ -107,15 +111,32 @@ def _clock(settings: Settings) -> None:
     print(https_clock.run(settings, RaspberryPi(settings.paths.board)))  # noqa: T201 - for the journal
 
 
-def _run(settings: Settings) -> None:
-    from firmware_agent.pins import open_pins  # noqa: PLC0415 - not for the banner
+def _run(path: Path) -> int:
+    from firmware_agent import log  # noqa: PLC0415 - each verb loads its own part
+    from firmware_agent.pins import open_pins  # noqa: PLC0415
     from firmware_agent.product import Product  # noqa: PLC0415
     from firmware_agent.systemd import Systemd  # noqa: PLC0415
 
+    settings, broken = _load_leniently(path)
+    safe_mode = None if broken is None else str(broken)
+    if safe_mode is None and os.environ.get("PICKET_SAFE_MODE") == "1":
+        safe_mode = "the agent did not stay up"
     _prepare(settings)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")  # the journal adds the time
+    board = RaspberryPi(settings.paths.board)
+    complaints = log.Complaints(board.uptime)
+    log.set_up(sys.stderr, complaints)
+    if safe_mode is not None:
+        logging.getLogger(__name__).error("safe mode: %s", safe_mode)
     systemd = Systemd.from_environment(os.environ)
-    product = Product(settings, RaspberryPi(settings.paths.board), open_pins(settings), notify=systemd)
+    product = Product(
+        settings,
+        board,
+        open_pins(settings),
+        notify=systemd,
+        release=os.environ.get("PICKET_RELEASE"),
+        safe_mode=safe_mode,
+        complaints=complaints,
+    )
     # A SimpleQueue, because it may be filled from a signal handler; an Event may not (its lock is not re-entrant).
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -124,6 +145,8 @@ def _run(settings: Settings) -> None:
         product.start()
     except AgentFault as fault:
         systemd.status(f"halted: {fault}")
+        if broken is not None:  # what the settings would have said may be what is missing
+            raise broken from fault
         raise
     waiter = threading.Thread(target=_end_with, args=(product, ended), daemon=True)
     waiter.start()
@@ -132,6 +155,26 @@ def _run(settings: Settings) -> None:
     waiter.join()
     if product.failure is not None:
         raise product.failure
+    return product.exit_code
+
+
+def _load_leniently(path: Path) -> tuple[Settings, SettingsFault | None]:
+    """The settings, or what can be used of them and what is wrong with the rest."""
+    try:
+        return load(path), None
+    except SettingsFault as fault:
+        return salvage(path), fault
+
+
+def _status(path: Path, *, as_json: bool) -> int:
+    from firmware_agent import status  # noqa: PLC0415 - each verb loads its own part
+
+    settings, broken = _load_leniently(path)
+    if broken is not None:
+        _complain(str(broken))
+    document = status.collect(settings, RaspberryPi(settings.paths.board))
+    print(json.dumps(document) if as_json else status.words(document), end="\n" if as_json else "")  # noqa: T201
+    return 0
 
 
 def _end_with(product: "Product", ended: "queue.SimpleQueue[None]") -> None:
@@ -151,10 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "version":
         print(__version__)  # noqa: T201 - its whole purpose
         return 0
-    verb = {"provision": _provision, "banner": _banner, "clock": _clock, "run": _run}[options.verb]
     code = 0
     try:
-        verb(load(options.settings))
+        if options.verb == "run":
+            code = _run(options.settings)
+        elif options.verb == "status":
+            code = _status(options.settings, as_json=options.json)
+        else:
+            verb = {"provision": _provision, "banner": _banner, "clock": _clock}[options.verb]
+            verb(load(options.settings))
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SettingsFault as fault:

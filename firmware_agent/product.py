@@ -2,55 +2,66 @@
 
     edge ──▶ keeper ──▶ spool (disk) ──▶ link ──▶ broker
                                           │
-                      deleted on PUBACK ◀─┘          supervisor: heartbeats, watchdog
+                      deleted on PUBACK ◀─┘          supervisor: watchdog
+                                                     parts: jobs, shadows, house
 
-Three threads with one duty each. The keeper does nothing but make edges durable, so a slow network never delays it; the
-link owns the connection and is the only one that retries; the supervisor tells systemd that both are alive, and stops
-telling when one is not. An alarm is gone from the unit only when the broker has acknowledged it.
+The keeper and the link are vital: when one of them ends, the agent ends, and systemd starts it anew; when one of them
+hangs, the supervisor stops feeding the watchdog, and systemd does the same. The parts are not vital: when jobs, shadows
+or the house-keeping (heartbeats, status) break, they are begun again later. An alarm is gone from the unit only when
+the broker has acknowledged it.
+
+In safe mode (the release does not stay up, or the image's settings are broken) the unit does what it is there for and
+nothing else: it watches, alarms, and takes an update.
 """
 
 import logging
-import queue
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from typing import Any, Final
 
-from firmware_agent import files, identity, keys, messages
+from firmware_agent import __version__, identity, keys, messages, status, tuning
+from firmware_agent.arming import ArmingStore
+from firmware_agent.assembly import Means, runner
 from firmware_agent.board import Board, ClockReading
+from firmware_agent.errors import WrongState
+from firmware_agent.identity import Identity
+from firmware_agent.jobs.runner import Runner
+from firmware_agent.keeper import Keeper
 from firmware_agent.link import Link
-from firmware_agent.pins import Pins
+from firmware_agent.log import Complaints
+from firmware_agent.messages import Alarm
+from firmware_agent.parts import Part
+from firmware_agent.pins import Pins, Pir
+from firmware_agent.sensing import Decision, Rules
 from firmware_agent.settings import Settings
+from firmware_agent.shadow import AlarmTwin, SettingsTwin, Shadows
 from firmware_agent.spool import Spool
 from firmware_agent.systemd import Systemd
+from firmware_agent.timekeeping import certainly_wrong
+from firmware_agent.tuning import BadTuning, Tuning
+from firmware_agent.update.releases import Releases
 
 _log = logging.getLogger(__name__)
 
 #: How long a thread may go without a sign of life. The longest honest silence is letting go of a connection (5 s).
 STALL_SECONDS: Final = 30.0
 
+#: A release that has run for so long does not fall over at its start.
+STEADY_SECONDS: Final = 60.0
+
 _TICK_SECONDS: Final = 1.0
-_RETRY_SECONDS: Final = 5.0
-_ACK_SECONDS: Final = 30.0
-_STEADY_SECONDS: Final = 30.0  # a link that lasted so long was no failure
-_WINDOW: Final = 16  # messages in flight; AWS IoT takes 100 a second on one connection
+_STATUS_SECONDS: Final = 5.0
+_PART_SECONDS: Final = 5.0  # what a part may take to end before the process ends without it
 
+_LONGEST_DETAIL: Final = 300
 
-@dataclass(frozen=True)
-class _Edge:
-    """A rising edge of the PIR, stamped where it was seen."""
-
-    clock: ClockReading
-    uptime: float
-
-
-@dataclass(frozen=True)
-class _Wake:
-    """The end has come: look."""
+#: "Start me again at once": another release is in force.
+EXIT_RESTART: Final = 5
 
 
 class Product:
@@ -59,26 +70,51 @@ class Product:
     Args:
         settings: what the image fixes.
         board: what the agent runs on.
-        pins: where the PIR is.
+        pins: where the PIR is, and the case's loop.
         notify: systemd, or nobody.
+        release: the name of the release that runs; None without a launcher.
+        safe_mode: why only what is most needed is to be done; None in ordinary times.
+        complaints: what the log has complained about lately.
     """
 
-    def __init__(self, settings: Settings, board: Board, pins: Pins, *, notify: Systemd | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        board: Board,
+        pins: Pins,
+        *,
+        notify: Systemd | None = None,
+        release: str | None = None,
+        safe_mode: str | None = None,
+        complaints: Complaints | None = None,
+    ) -> None:
         self._settings = settings
         self._board = board
+        self._boot_id = board.facts().boot_id
         self._pins = pins
         self._notify = notify or Systemd()
+        self._release = release
+        self._releases = Releases(settings.paths.releases, settings.paths.state)
+        self._safe_mode = safe_mode
+        self._complaints = complaints or Complaints()
+        self._tuning = settings.tuning
         self._open = ExitStack()
         self._stop = threading.Event()
-        self._edges: queue.SimpleQueue[_Edge | _Wake] = queue.SimpleQueue()
-        self._link: Link | None = None
         self._beats: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
+        self._parts: list[Part] = []
+        self._keeper: Keeper | None = None
+        self._link: Link | None = None
+        self._shadows: Shadows | None = None
+        self._alarm_twin: AlarmTwin | None = None
+        self._runner: Runner | None = None
         #: Why a thread ended that should not have, if one did.
         self.failure: BaseException | None = None
+        #: What the process should end with, if nothing has failed.
+        self.exit_code = 0
 
     def start(self) -> None:
-        """Open key, certificates, spool and PIR, then watch. Returns when an alarm would be kept.
+        """Open key, certificates, spool and PIR, then watch and connect. Returns when an alarm would be kept.
 
         A unit whose key store is gone does not start: an alarm that cannot prove who it comes from is none.
 
@@ -88,30 +124,88 @@ class Product:
             WrongState: the unit was never provisioned.
             PirFault: the PIR's line cannot be opened.
         """
-        paths = self._settings.paths
-        with ExitStack() as opened:
-            store = keys.open_store(self._settings)
-            opened.callback(store.close)
-            found = identity.load(paths.identity)
-            key = store.load(found.slot)
-            identity.check(found, key.public_key(), self._board.facts().serial)
-            spool = opened.enter_context(open_spool(paths.spool))
-            pir = opened.enter_context(self._pins.pir())
-            link = Link(self._settings, self._board, found, key, spool, self._notify)
-            self._link = link
-            pir.watch(self._edge)
-            self._open = opened.pop_all()
-        self._spawn("keeper", lambda: self._keep(spool))
-        self._spawn("link", lambda: link.run(self._stop, lambda: self._beat("link")))
-        self._spawn("supervisor", lambda: self._supervise(spool))
+        try:
+            store, found, key = self._credentials()
+            spool, arming, pir = self._watch()
+            self._connect(store, found, key, spool, arming, pir)
+        except BaseException:
+            self._end()
+            self._join()
+            raise
         self._notify.ready()
+
+    def _credentials(self) -> tuple[keys.KeyStore, Identity, keys.DeviceKey]:
+        store = keys.open_store(self._settings)
+        self._open.callback(store.close)
+        try:
+            found = identity.load(self._settings.paths.identity)
+        except WrongState:
+            store.load()  # without a key, or a usable store, that is what is wrong
+            raise
+        key = store.load(found.slot)
+        identity.check(found, key.public_key(), self._board.facts().serial)
+        return store, found, key
+
+    def _watch(self) -> tuple[Spool, ArmingStore, Pir]:
+        """From here on no edge is lost."""
+        settings, paths = self._settings, self._settings.paths
+        self._tuning = self._load_tuning()
+        spool = self._open.enter_context(Spool(paths.spool))
+        arming = ArmingStore(paths.arming, lambda now: self._armed(now.armed))
+        rules = Rules(settings.pir.warm_up_seconds, settings.pir.blocked_seconds, self._tuning)
+        keeper = Keeper(self._board, rules, spool, told=self._told, believable=self._believable)
+        pir = self._open.enter_context(self._pins.pir())
+        case = self._open.enter_context(self._pins.tamper())
+        heard_at = status.heard_at(paths.status, self._boot_id)
+        keeper.watch(pir, case, armed=arming.now.armed, heard_at=heard_at)
+        self._keeper = keeper
+        self._spawn("keeper", lambda: keeper.run(self._stop, lambda: self._beat("keeper")))
+        return spool, arming, pir
+
+    def _connect(
+        self,
+        store: keys.KeyStore,
+        found: Identity,
+        key: keys.DeviceKey,
+        spool: Spool,
+        arming: ArmingStore,
+        pir: Pir,
+    ) -> None:
+        link = Link(self._settings, self._board, found, key, spool, self._notify)
+        self._link = link
+        self._runner = runner(
+            Means(
+                settings=self._settings,
+                board=self._board,
+                link=link,
+                pir=pir,
+                store=store,
+                spool=spool,
+                release=self._release,
+                tune=self._use_tuning,
+                status=lambda: status.words(self._snapshot(spool, arming, found)),
+                leave=self._leave,
+                safe_mode=self._safe_mode,
+            )
+        )
+        self._add_part("jobs", self._runner.run, self._runner.wake)
+        if self._safe_mode is None:
+            self._alarm_twin = AlarmTwin(arming)
+            settings_twin = SettingsTwin(
+                self._settings.paths.shadows, lambda: self._tuning, self._settings.tuning, self._keep_tuning
+            )
+            self._shadows = Shadows(link, self._alarm_twin, settings_twin)
+            self._add_part("shadows", self._shadows.run, self._shadows.changed)
+        self._spawn("link", lambda: link.run(self._stop, lambda: self._beat("link")))
+        self._add_part("house", lambda stop: self._keep_house(stop, spool, arming, found))
+        self._spawn("supervisor", self._supervise)
+        for part in self._parts:
+            part.start()
 
     def stop(self) -> None:
         """Ask all threads to end; safe to call at any time, also twice."""
         self._notify.stopping()
-        self._stop.set()
-        self._edges.put(_Wake())
-        self._wake()
+        self._end()
 
     def join(self) -> None:
         """Wait until all threads have ended, then let go of PIR, spool and key.
@@ -119,10 +213,7 @@ class Product:
         Raises:
             BaseException: what ended a thread that should have gone on.
         """
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-        self._open.close()
+        self._join()
         if self.failure is not None:
             raise self.failure
 
@@ -142,92 +233,187 @@ class Product:
         self._threads.append(thread)
         thread.start()
 
-    def _wake(self, *, urgent: bool = False) -> None:
-        if self._link is not None:
-            self._link.wake(urgent=urgent)
+    def _add_part(
+        self, name: str, run: Callable[[threading.Event], None], wake: Callable[[], None] = lambda: None
+    ) -> None:
+        def broke(fault: str) -> None:
+            if self._keeper is not None:
+                self._keeper.say(Decision("part-broken", detail=f"{name}: {fault}"[:_LONGEST_DETAIL]))
+
+        self._parts.append(Part(name, run, broke=broke, wake=wake))
 
     def _beat(self, name: str) -> None:
         self._beats[name] = time.monotonic()
 
-    def _edge(self, rising: bool) -> None:
-        """Called by the pin factory's thread."""
-        if rising:
-            self._edges.put(_Edge(self._board.clock(), self._board.uptime()))
+    def _end(self) -> None:
+        self._stop.set()
+        for part in self._parts:
+            part.stop()
+        if self._keeper is not None:
+            self._keeper.wake()
+        self._wake_link()
 
-    def _keep(self, spool: Spool) -> None:
-        """Make each edge durable, also those that came while the end was asked for."""
-        boot_id = self._board.facts().boot_id
-        while not self._stop.is_set() or not self._edges.empty():
-            self._beat("keeper")
-            try:
-                edge = self._edges.get(timeout=_TICK_SECONDS)
-            except queue.Empty:
-                continue
-            # The sensor lies while it warms up after power-up; a restart of the agent does not make it cold again.
-            if isinstance(edge, _Edge) and edge.uptime >= self._settings.pir.warm_up_seconds:
-                self._keep_one(spool, edge, boot_id)
-                self._wake(urgent=True)
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        for part in self._parts:
+            if not part.join(_PART_SECONDS):
+                _log.warning("%s does not end; the agent ends without", part.name)
+        self._open.close()
 
-    def _keep_one(self, spool: Spool, edge: _Edge, boot_id: str) -> None:
-        """Keep one alarm, trying again for as long as the disk is full."""
-        while True:
-            self._beat("keeper")
-            try:
-                spool.alarm(
-                    lambda sequence: messages.alarm(
-                        sequence, clock=edge.clock, uptime=edge.uptime, boot_id=boot_id
-                    ).payload(),
-                )
-                return
-            except sqlite3.Error as error:
-                _log.error("an alarm waits for the disk: %s", error)
-                if self._stop.wait(_TICK_SECONDS):
-                    return
+    def _leave(self) -> None:
+        """Another release is in force now."""
+        self.exit_code = EXIT_RESTART
+        self.stop()
 
-    def _supervise(self, spool: Spool) -> None:
-        """Heartbeats into the spool, and systemd's watchdog."""
-        heartbeat = self._settings.tuning.heartbeat_seconds
-        tick = min(_TICK_SECONDS, heartbeat)
-        if self._notify.watchdog_seconds is not None:
-            tick = min(tick, self._notify.watchdog_seconds / 3)
-        boot_id = self._board.facts().boot_id
-        due = time.monotonic() + heartbeat
-        while not self._stop.wait(tick):
+    # --- what one thread has to tell another ------------------------------------------------------------------------
+
+    def _wake_link(self, *, urgent: bool = False) -> None:
+        if self._link is not None:
+            self._link.wake(urgent=urgent)
+
+    def _told(self, message: Alarm, clock: ClockReading, *, alarm: bool) -> None:
+        """The keeper has kept something."""
+        self._wake_link(urgent=alarm)
+        if alarm and self._alarm_twin is not None and self._shadows is not None:
+            self._alarm_twin.alarm(kind=message.kind, event_id=message.event_id, at=clock.unix, quality=clock.quality)
+            self._shadows.changed()
+
+    def _armed(self, armed: bool) -> None:
+        if self._keeper is not None:
+            self._keeper.arm(armed=armed)
+        if self._shadows is not None:
+            self._shadows.changed()
+
+    def _believable(self, unix: float) -> bool:
+        """Whether a clock that claims to be set can be right."""
+        return self._link is not None and certainly_wrong(unix, self._link.timekeeper.bounds()) is None
+
+    # --- tuning -----------------------------------------------------------------------------------------------------
+
+    def _load_tuning(self) -> Tuning:
+        """What the owner has set. A damaged file costs the owner's wishes until the shadow brings them again."""
+        paths, defaults = self._settings.paths, self._settings.tuning
+        if self._safe_mode is not None:
+            return defaults
+        try:
+            return tuning.load(paths.tuning, defaults)
+        except (BadTuning, OSError) as error:
+            _log.error("the image's settings hold until the owner's come again: %s", error)
+            with suppress(OSError):
+                paths.shadows.unlink(missing_ok=True)  # so that the wishes are taken once more
+            return defaults
+
+    def _use_tuning(self, new: Tuning) -> None:
+        self._tuning = new
+        if self._keeper is not None:
+            self._keeper.tune(new)
+        if self._shadows is not None:
+            self._shadows.changed()
+
+    def _keep_tuning(self, new: Tuning) -> None:
+        tuning.save(self._settings.paths.tuning, new, self._settings.tuning)
+        self._use_tuning(new)
+
+    # --- the supervisor ---------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        """Systemd's watchdog. It waits for nobody, so that it can tell of a thread that does."""
+        tick = _TICK_SECONDS if self._notify.watchdog_seconds is None else self._notify.watchdog_seconds / 3
+        while not self._stop.wait(min(tick, _TICK_SECONDS)):
             now = time.monotonic()
             stalled = [name for name in ("keeper", "link") if now - self._beats[name] > STALL_SECONDS]
             if stalled:
                 self._notify.status(f"{' and '.join(stalled)} stalled")
             else:
                 self._notify.alive()
-            if now >= due:
-                due = now + heartbeat
-                self._heartbeat(spool, boot_id)
 
-    def _heartbeat(self, spool: Spool, boot_id: str) -> None:
+    def _keep_house(self, stop: threading.Event, spool: Spool, arming: ArmingStore, found: Identity) -> None:
+        """Heartbeats into the spool, the status for whoever asks, and a word to the launcher."""
+        began = beat_at = time.monotonic()
+        status_at = -_STATUS_SECONDS
+        steady = False
+        while not stop.wait(min(_TICK_SECONDS, self._tuning.heartbeat_seconds)):
+            now = time.monotonic()
+            if now - beat_at >= self._tuning.heartbeat_seconds:
+                beat_at = now
+                self._heartbeat(spool)
+            if now - status_at >= _STATUS_SECONDS:
+                status_at = now
+                with suppress(OSError):
+                    status.write(self._settings.paths.status, self._snapshot(spool, arming, found))
+            if not steady and now - began >= STEADY_SECONDS:
+                steady = True
+                self._call_steady()
+
+    def _call_steady(self) -> None:
+        """The launcher may count this release's starts from zero again."""
+        if self._release is not None:
+            with suppress(OSError):
+                self._releases.steady()
+
+    def _heartbeat(self, spool: Spool) -> None:
         beat = messages.Heartbeat(
             at=messages.timestamp(self._board.clock().unix),
-            boot_id=boot_id,
+            boot_id=self._boot_id,
             uptime_s=int(self._board.uptime()),
             spool=len(spool),
             temperature_c=self._board.health(self._settings.paths.state).temperature_c,
+            safe_mode=self._safe_mode,
         )
-        try:
+        with suppress(sqlite3.Error):  # the spool complains by itself
             spool.heartbeat(beat.payload())
-        except sqlite3.Error as error:
-            _log.warning("no heartbeat: %s", error)
-        self._wake()
+        self._wake_link()
 
-
-def open_spool(path: Path) -> Spool:
-    """The spool, or a new one beside a damaged one: an alarm system must not stay silent over a broken file."""
-    try:
-        return Spool(path)
-    except sqlite3.OperationalError:
-        raise  # a full disk, no rights: the file itself may be whole
-    except sqlite3.DatabaseError as error:
-        _log.error("the spool is damaged (%s); it is kept as %s.damaged and a new one begun", error, path.name)
-        path.rename(path.with_name(path.name + ".damaged"))
-        for leftover in ("-wal", "-shm"):
-            path.with_name(path.name + leftover).unlink(missing_ok=True)
-        files.sync_directory(path.parent)
-        return Spool(path)
+    def _snapshot(self, spool: Spool, arming: ArmingStore, found: Identity) -> dict[str, Any]:
+        """How the unit is, as `status` tells it."""
+        assert self._keeper is not None  # noqa: S101 - for the type checker
+        assert self._link is not None  # noqa: S101
+        clock, uptime = self._board.clock(), self._board.uptime()
+        oldest = spool.oldest(1)
+        link, sensor, now = self._link.status(), self._keeper.state, arming.now
+        execution = None if self._runner is None else self._runner.execution
+        return {
+            "format": 1,
+            "pid": os.getpid(),
+            "boot_id": self._boot_id,
+            "uptime": uptime,
+            "mode": "product",
+            "agent": __version__,
+            "image": str(self._settings.image),
+            "safe_mode": self._safe_mode,
+            **status.releases(self._settings),
+            "serial": found.serial,
+            "endpoint": f"{found.host}:{found.port}",
+            "certificate": {"not_after": found.leaf.not_valid_after_utc.timestamp()},
+            "armed": {"armed": now.armed, "by": now.by},
+            "sensor": {
+                "high": sensor.high,
+                "heard_at": sensor.heard_at,
+                "warms_up": uptime < self._settings.pir.warm_up_seconds,
+                "stuck": sensor.stuck,
+                "silent": sensor.silent,
+                "chattering": sensor.chattering,
+                "pulses": sensor.pulses,
+                "glitches": sensor.glitches,
+                "fault": self._keeper.fault,
+                "case": sensor.closed if self._keeper.has_case else None,
+            },
+            "spool": {**asdict(spool.depth()), "oldest_at": status.moment(oldest[0].body) if oldest else None},
+            "link": {
+                "state": link.state,
+                "detail": link.detail,
+                "failures": link.failures,
+                "held": dict(link.held),
+            },
+            "job": None if execution is None else status.job(execution),
+            "clock": {
+                "unix": clock.unix,
+                "quality": clock.quality,
+                "wrong": certainly_wrong(clock.unix, self._link.timekeeper.bounds()),
+            },
+            "tuning": tuning.changes(self._tuning, Tuning()),
+            "parts": {part.name: asdict(part.health) for part in self._parts},
+            "complaints": [asdict(one) for one in self._complaints.last()],
+        }

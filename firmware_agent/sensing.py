@@ -34,8 +34,12 @@ Kind = Literal[
     "sensor-silent-over",
     "chatter",
     "chatter-over",
+    "sensor-lost",
+    "sensor-lost-over",
     "armed",
     "disarmed",
+    "clock-set",
+    "part-broken",
 ]
 
 #: How close together two pulses must be for low sensitivity, from the end of the first one.

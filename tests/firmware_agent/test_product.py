@@ -192,7 +192,8 @@ def test_the_sensor_is_not_believed_while_it_warms_up(unit: Unit, ca: Ca, start:
     cold.board.up_seconds = 5.0
     start(cold)
     wave(cold)
-    cold.board.up_seconds = 3600.0
+    cold.board.up_seconds += 3600.0  # an hour goes by
+    cold.board.clock_offset += 3600.0
     wave(cold)
 
     wait_for(lambda: spooled(cold) == 1)
