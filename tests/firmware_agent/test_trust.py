@@ -3,8 +3,11 @@
 import contextlib
 import gzip
 import os
+import random
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -919,6 +922,40 @@ def test_gzip_saves_bytes_and_changes_nothing(world: World, device: Device) -> N
 
     with serve(world.directory, Gzip) as web:
         assert device.check(OLD, f"{web.url}/metadata").version == "1.2.0"
+
+
+def test_an_update_of_the_agent_alone_costs_less_than_four_kilobytes_of_metadata(world: World, device: Device) -> None:
+    """As the bucket serves them, three releases of nine chunks listed; an idle look costs the timestamp."""
+    for version in ("1.3.0", "1.4.0", "1.5.0"):
+        device.check(OLD if version == "1.3.0" else NEW)
+        content = random.Random(version).randbytes(9 * CHUNK)
+        world.release(version, content=content, deltas_from={sha256(version.encode()): b"patch"})
+    bodies = {f"/{file.name}": file.body() for file in world.repository.files_to_publish()}
+    sent: list[int] = []
+
+    class Bucket(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path not in bodies:
+                return self.send_error(404)
+            body, encoding = bodies[self.path]
+            sent.append(len(body))
+            return answer(200, body, **({"Content-Encoding": encoding} if encoding else {}))(self)
+
+    with serve(world.directory, Bucket) as web:
+        device.check("agent/picket-agent-1.5.0.tar.zst", f"{web.url}/metadata")
+        update = sum(sent)
+        device.check("agent/picket-agent-1.5.0.tar.zst", f"{web.url}/metadata")
+
+    assert len(sent) == 4  # timestamp, snapshot, the product's; and the timestamp again
+    assert update < 4096
+    assert sent[-1] < 512
+
+
+def test_an_agent_that_has_nothing_to_update_carries_none_of_it_in_memory() -> None:
+    code = "import sys, firmware_agent.update.trust; print({'tuf', 'urllib3', 'zstandard'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert said.stdout.strip() == "set()"
 
 
 def test_nobody_there_is_unreachable(device: Device) -> None:
