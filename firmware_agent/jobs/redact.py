@@ -16,7 +16,7 @@ _USERINFO: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#@\"'<>]+@", re.IG
 _NAMED: Final = re.compile(
     r"""(?ix)
     \b((?:[a-z0-9_-]*[_-])?
-       (?:pin|passwd|password|passphrase|secret|token|credential|authorization|signature|private[_-]?key|api[_-]?key
+       (?:(?:so|user)?pin|passwd|password|passphrase|secret|token|credential|authorization|signature|private[_-]?key|api[_-]?key
          |access[_-]?key(?:[_-]?id)?|psk|cookie)s?)
     (["']?\s*(?:[:=]|\bis\b)\s*)
     (?:(?:bearer|basic|digest)\s+)?
