@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +20,16 @@ class FaultProxy:
     """Passes connections on to `target`, as badly as its fields say; they may be changed at any time.
 
     Attributes:
-        target: the port of the server behind.
+        target: the port of the server behind, at the address `to`.
         latency: seconds that each byte is under way.
         loss: the share of segments that are lost. TCP sends those again, so a loss is a stall that doubles.
         bytes_per_second: how much goes through, in each direction of each connection; 0 for any.
     """
 
-    def __init__(self, target: int, *, seed: int = 1) -> None:
+    def __init__(self, target: int, *, to: str = "127.0.0.1", at: str = "127.0.0.1", seed: int = 1) -> None:
         self.target = target
+        self._to = to
+        self._at = at
         self.latency = 0.0
         self.loss = 0.0
         self.bytes_per_second = 0
@@ -59,7 +64,7 @@ class FaultProxy:
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._accept, self._at, 0)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stop.wait()
@@ -82,7 +87,7 @@ class FaultProxy:
         self._writers.add(writer)
         try:
             await self._flow.wait()
-            there, on = await asyncio.open_connection("127.0.0.1", self.target)
+            there, on = await asyncio.open_connection(self._to, self.target)
             self._writers.add(on)
             await asyncio.gather(self._pump(reader, on), self._pump(there, writer))
         except OSError:
@@ -122,6 +127,84 @@ class FaultProxy:
                 return
             writer.write(data)
             await writer.drain()
+
+
+class Cable:
+    """A real link of the kernel that connections pass twice: into a network namespace, and out again.
+
+    Args:
+        target: the port of the server behind, on this machine.
+
+    Raises:
+        OSError: this machine does not let us make namespaces.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._name = f"picket{os.getpid()}"
+        self._ours, self._theirs = f"pk{os.getpid()}a", f"pk{os.getpid()}b"
+        near, far = "10.231.77.1", "10.231.77.2"
+        with contextlib.ExitStack() as opened:
+            _ip("netns", "add", self._name)
+            opened.callback(_ip, "netns", "del", self._name)
+            _ip("link", "add", self._ours, "type", "veth", "peer", "name", self._theirs, "netns", self._name)
+            _ip("addr", "add", f"{near}/30", "dev", self._ours)
+            _ip("link", "set", self._ours, "up")
+            _ip("-n", self._name, "addr", "add", f"{far}/30", "dev", self._theirs)
+            _ip("-n", self._name, "link", "set", self._theirs, "up")
+            out = FaultProxy(target, at=near)
+            opened.callback(out.close)
+            relay = subprocess.Popen(
+                ["ip", "netns", "exec", self._name, sys.executable, "-c", _RELAY, far, near, str(out.port)],
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            opened.callback(relay.wait)
+            assert relay.stdin is not None
+            assert relay.stdout is not None
+            opened.callback(relay.stdin.close)  # it ends with its input
+            opened.callback(relay.stdout.close)
+            into = FaultProxy(int(relay.stdout.readline()), to=far)
+            opened.callback(into.close)
+            self.port = into.port
+            self.close = opened.pop_all().close
+
+    def pull(self) -> None:
+        """Out of its socket."""
+        _ip("link", "set", self._ours, "down")
+
+    def plug_in(self) -> None:
+        """Again."""
+        _ip("link", "set", self._ours, "up")
+
+    def netem(self, *how: str) -> None:
+        """As tc-netem(8): `delay 1s loss 50%`, one way.
+
+        Raises:
+            OSError: this kernel has no netem.
+        """
+        _run("tc", "qdisc", "replace", "dev", self._ours, "root", "netem", *how)
+
+
+_RELAY = """
+import sys
+from tests.firmware_agent.faults import FaultProxy
+far, near, port = sys.argv[1:]
+proxy = FaultProxy(int(port), at=far, to=near)
+print(proxy.port, flush=True)
+sys.stdin.read()
+proxy.close()
+"""
+
+
+def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 class Impostor:

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.firmware_agent.faults import FaultProxy, Impostor, login_page, tls_server
+from tests.firmware_agent.faults import Cable, FaultProxy, Impostor, login_page, tls_server
 from tests.firmware_agent.linking import Running, permit
 from tests.firmware_agent.support import Broker, Ca, Unit, free_port, mosquitto_path, pem, pem_key, wait_for
 
@@ -248,3 +248,51 @@ def test_everything_arrives_once_the_network_lets_it_and_repetitions_are_known_b
 
 def test_nobody_hammers_on_the_door(mended: Scene) -> None:
     assert {name: case.proxy.accepted for name, case in mended.cases.items() if case.proxy.accepted > 60} == {}
+
+
+# --- the kernel's own faults --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cable(broker: Broker) -> Iterator[Cable]:
+    permit(broker)
+    broker.start()
+    try:
+        cable = Cable(broker.port)
+    except OSError as error:
+        pytest.skip(f"needs root and network namespaces ({error})")
+    yield cable
+    cable.close()
+
+
+def test_a_cable_that_is_pulled_and_plugged_in_again_costs_nothing(
+    unit: Unit, ca: Ca, broker: Broker, cable: Cable
+) -> None:
+    with Running.of(unit, ca, cable.port) as running:
+        running.wait_connected()
+        cable.pull()
+        running.alarm(5)
+        wait_for(lambda: not broker.seen.empty())  # the hello, from before
+        time.sleep(1.0)
+        assert len(running.spool) == 5
+        cable.plug_in()
+
+        assert [broker.next("alarm", PATIENCE)["sequence"] for _ in range(5)] == [1, 2, 3, 4, 5]
+        running.wait_drained()
+
+
+def test_half_of_all_packets_lost_and_a_second_of_delay_cost_only_time(
+    unit: Unit, ca: Ca, broker: Broker, cable: Cable
+) -> None:
+    try:
+        cable.netem("delay", "500ms", "100ms", "loss", "50%")
+    except OSError as error:
+        pytest.skip(f"needs a kernel with netem ({error})")
+    with Running.of(unit, ca, cable.port) as running:
+        running.alarm(20)
+
+        got = [broker.next("alarm", PATIENCE)["sequence"]]
+        while got[-1] < 20:
+            got.append(broker.next("alarm", PATIENCE)["sequence"])
+        assert sorted(set(got)) == list(range(1, 21))
+        running.wait_drained(PATIENCE)
