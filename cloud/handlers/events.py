@@ -32,7 +32,11 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a device says on each connection. `received_ms` is the cloud's clock, in milliseconds of Unix time."""
+    """What a device says on each connection.
+
+    `received_ms` is the cloud's clock, in milliseconds of Unix time; `certificate_id` is of the certificate that the
+    connection was made with, as the connection and not the device says; None when it was made without one.
+    """
 
     thing: str
     mode: str
@@ -45,6 +49,7 @@ class Hello:
     key: str
     at: str
     received_ms: int
+    certificate_id: str | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def parse_registration(event: object) -> Hello | CertificateRegistered:
             ca_certificate_id=_string(event, "caCertificateId", _CERTIFICATE_ID),
         )
     nonce = event.get("nonce")
+    principal = _string(event, "principal")
     return Hello(
         thing=_string(event, "thing", _THING),
         mode=_string(event, "mode"),
@@ -122,4 +128,5 @@ def parse_registration(event: object) -> Hello | CertificateRegistered:
         key=_string(event, "key"),
         at=_string(event, "at"),
         received_ms=_integer(event, "received_ms"),
+        certificate_id=principal if _CERTIFICATE_ID.fullmatch(principal) else None,
     )

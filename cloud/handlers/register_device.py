@@ -81,7 +81,7 @@ def register(event: Hello, clients: Clients) -> str:
     """
     values: dict[str, str | float | None] = {
         "thing": event.thing,
-        "certificate_id": _certificate_of(event.thing, clients.iot),
+        "certificate_id": event.certificate_id,
         "mode": event.mode,
         "nonce": event.nonce,
         "boot_id": event.boot_id,
@@ -131,19 +131,6 @@ def give_ring(thing: str, at: str, clients: Clients) -> None:
         UpdateExpression="SET ring_given_at = :at",
         ExpressionAttributeValues={":at": table.typed(at)},
     )
-
-
-def _certificate_of(thing: str, iot: "IoTClient") -> str | None:
-    """The id of the thing's certificate: the ACTIVE one where several are attached."""
-    principals = iot.list_thing_principals(thingName=thing)["principals"]
-    certificates = [arn.rpartition("cert/")[2] for arn in principals if ":cert/" in arn]
-    if len(certificates) > 1:
-        certificates = [each for each in certificates if _status(each, iot) == "ACTIVE"]
-    return certificates[0] if certificates else None
-
-
-def _status(certificate_id: str, iot: "IoTClient") -> str:
-    return iot.describe_certificate(certificateId=certificate_id)["certificateDescription"]["status"]
 
 
 def admit(event: CertificateRegistered, clients: Clients) -> str:

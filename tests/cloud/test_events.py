@@ -65,10 +65,11 @@ def test_a_time_without_a_zone_is_no_time(at: str) -> None:
 
 
 def test_a_hello_and_a_new_certificate_are_told_apart() -> None:
-    said = parse_registration(hello() | {"thing": "PK-1", "received_ms": 5})
+    said = parse_registration(hello() | {"thing": "PK-1", "received_ms": 5, "principal": "a" * 64})
     registered = parse_registration({"certificateId": "a" * 64, "caCertificateId": "b" * 64})
 
     assert isinstance(said, Hello)
+    assert said.certificate_id == "a" * 64
     assert registered == CertificateRegistered("a" * 64, "b" * 64)
 
 
