@@ -102,6 +102,7 @@ class Agent:
             directory.mkdir()
         settings.paths.key_file.write_text(joined.leaf.key)
         self.link_file = settings.paths.identity
+        self.clock_file = settings.paths.clock
         endpoint = fleet.endpoint
         found = Identity(joined.serial, joined.leaf.chain, fleet.trust, endpoint.host, endpoint.port, "WO-1")
         identity.install(self.link_file, found)
@@ -406,6 +407,8 @@ def test_a_job_of_the_fleet_changes_a_units_key_while_it_stays_in_service(
         lambda: [row for row in fleet.rows(old.serial, "DEVICE") if row["certificate_id"] == now.certificate_sha256]
     )
     assert device
+    told = json.loads(unit.clock_file.read_bytes())["unix"]  # the jobs service tells the time in its answers
+    assert abs(told - time.time()) < 3600
 
 
 # --- the decision -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ the jobs service, the link, and what the decision's effects are on a cloud in me
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -320,6 +321,18 @@ def test_rotations_follow_one_another(unit: Unit, service: JobsService) -> None:
     assert unit.cloud.active == {second}
     assert len({unit.factory, first, second}) == 3
     assert service.status("rotate-2", SERIAL) == "SUCCEEDED"
+
+
+def test_a_clock_that_jumps_by_years_changes_nothing(
+    unit: Unit, service: JobsService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps = itertools.cycle([0.0, 4e9, 1e9])
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: next(jumps))
+        unit.run()
+
+    assert unit.cloud.active == {settled(unit)}
+    assert service.status(JOB, SERIAL) == "SUCCEEDED"
 
 
 def test_who_tries_the_key_tries_the_one_in_force(unit: Unit) -> None:

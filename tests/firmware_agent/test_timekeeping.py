@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import ssl
 import threading
@@ -27,7 +28,8 @@ from firmware_agent.https_clock import NoTime, Told
 from firmware_agent.identity import Identity
 from firmware_agent.product import Product
 from firmware_agent.timekeeping import Bounds, Timekeeper
-from tests.firmware_agent.support import SERIAL, Ca, Unit, pem, pem_key, provision, settings_text, wait_for
+from tests.firmware_agent.linking import Running
+from tests.firmware_agent.support import SERIAL, Broker, Ca, Unit, pem, pem_key, provision, settings_text, wait_for
 
 DAY = 86400.0
 
@@ -274,6 +276,30 @@ def test_a_clock_that_is_stepped_away_while_the_agent_runs_ends_the_attempts(
         product.join()
 
     assert before == after
+
+
+def test_a_step_of_the_clock_does_not_end_a_connection_that_is_up(unit: Unit, ca: Ca, broker: Broker) -> None:
+    broker.start()
+    with Running.of(unit, ca, broker.port) as running:
+        running.wait_connected()
+        for years in (-56, 73):
+            unit.board.clock_offset = years * 365 * DAY
+            running.alarm()
+            broker.next("alarm")
+
+        assert running.link.connected()
+
+
+def test_only_the_board_reads_the_wall_clock() -> None:
+    """So a step of it can starve no timer: all others count on a clock that nobody sets."""
+    agent = Path(timekeeping.__file__).parent
+    readers = {
+        path.relative_to(agent).as_posix()
+        for path in agent.rglob("*.py")
+        if re.search(r"\btime\.time\(|\bdatetime\.(now|utcnow|today)\(|CLOCK_REALTIME\b(?!, unix)", path.read_text())
+    }
+
+    assert readers == {"board.py"}
 
 
 # --- the endpoint's date ------------------------------------------------------------------------------------------
