@@ -7,7 +7,6 @@ Three ways in: as the cloud (`create`, `cancel`, `delete`, `pass_time`), as a de
 device behind the link's interface (`LocalLink`). `Bridge` serves the same over a real broker.
 """
 
-import contextlib
 import json
 import queue
 import re
@@ -16,11 +15,15 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from awscrt import io, mqtt5
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from firmware_agent import topics
 from firmware_agent.link import Answer, Refused
 from firmware_agent.mqtt import NotDeliveredError
+from tests.firmware_agent.support import Ca, pem, pem_key
 
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "CANCELED", "REMOVED"})
 FROM_DEVICE = frozenset({"IN_PROGRESS", "SUCCEEDED", "FAILED", "REJECTED"})
@@ -464,35 +467,69 @@ class LocalLink:
 
 
 class Bridge:
-    """Serves a `JobsService` to the clients of a real broker.
+    """Serves a `JobsService` to the clients of a real broker, as the user `service` of tests/firmware_agent/linking.py.
 
     Args:
         service: the jobs.
-        subscribe: makes a subscription as a client that may read and write `$aws/things/#`: filter and listener.
-        publish: publishes as that client.
+        ca: who the broker trusts.
+        port: the broker's, on localhost.
     """
 
-    def __init__(
-        self,
-        service: JobsService,
-        subscribe: Callable[[str, Callable[[str, bytes], None]], None],
-        publish: Callable[[str, bytes], None],
-    ) -> None:
+    def __init__(self, service: JobsService, ca: Ca, port: int) -> None:
         self._service = service
-        self._publish = publish
         self._inbox: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
+        self._up: Future[None] = Future()
+        self._stopped: Future[None] = Future()
+        key = ec.generate_private_key(ec.SECP256R1())
+        tls = io.TlsContextOptions.create_client_with_mtls(
+            pem(ca.leaf(key.public_key(), "service")).encode(), pem_key(key).encode()
+        )
+        tls.override_default_trust_store(pem(ca.certificate).encode())
+        self._client = mqtt5.Client(
+            mqtt5.ClientOptions(
+                host_name="localhost",
+                port=port,
+                tls_ctx=io.ClientTlsContext(tls),
+                connect_options=mqtt5.ConnectPacket(client_id="jobs-service"),
+                session_behavior=mqtt5.ClientSessionBehaviorType.REJOIN_POST_SUCCESS,
+                on_publish_callback_fn=self._on_publish,
+                on_lifecycle_event_connection_success_fn=self._connected,
+                on_lifecycle_event_stopped_fn=lambda _: self._stopped.set_result(None),
+            )
+        )
         self._thread = threading.Thread(target=self._serve, name="jobs-service")
-        self._thread.start()
-        service.publish = publish
-        subscribe("$aws/things/+/jobs/#", lambda topic, payload: self._inbox.put((topic, payload)))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        self._client.start()
+        self._up.result(20)
+        wanted = [
+            mqtt5.Subscription(f"$aws/things/+/jobs/{request}", mqtt5.QoS.AT_LEAST_ONCE)
+            for request in ("get", "start-next", "+/get", "+/update")
+        ]
+        self._client.subscribe(mqtt5.SubscribePacket(wanted)).result(20)
+        self._service.publish = self._publish
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._service.publish = lambda _topic, _payload: None
         self._inbox.put(None)
         self._thread.join()
+        self._client.stop()
+        self._stopped.result(20)
+
+    def _connected(self, _: Any) -> None:
+        if not self._up.done():  # a reconnect
+            self._up.set_result(None)
+
+    def _on_publish(self, data: Any) -> None:
+        self._inbox.put((data.publish_packet.topic, data.publish_packet.payload))
+
+    def _publish(self, topic: str, payload: bytes) -> None:
+        self._client.publish(mqtt5.PublishPacket(topic=topic, payload=payload, qos=mqtt5.QoS.AT_LEAST_ONCE))
 
     def _serve(self) -> None:
         while (arrived := self._inbox.get()) is not None:
-            with contextlib.suppress(ConnectionError):
-                answer = self._service.handle(*arrived)
-                if answer is not None:
-                    self._publish(*answer)
+            answer = self._service.handle(*arrived)
+            if answer is not None:
+                self._publish(*answer)
