@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography import x509
-
 from firmware_agent import files, health, topics
 from firmware_agent.board import Board
 from firmware_agent.health import Incidents
@@ -220,7 +218,6 @@ class Defender:
     Args:
         link: the connection.
         board: what it reports on.
-        leaf: the unit's certificate.
         state: the directory whose free space counts.
         path: where the number of the last report is kept.
         spool: how many messages wait.
@@ -232,7 +229,6 @@ class Defender:
         self,
         link: Link,
         board: Board,
-        leaf: Callable[[], x509.Certificate],
         *,
         state: Path,
         path: Path,
@@ -242,7 +238,6 @@ class Defender:
     ) -> None:
         self._link = link
         self._board = board
-        self._leaf = leaf
         self._state = state
         self._path = path
         self._spool = spool
@@ -275,7 +270,7 @@ class Defender:
             uptime=self._board.uptime(),
             spool=self._spool(),
             incidents=self._incidents,
-            expires=self._leaf().not_valid_after_utc,
+            expires=self._link.identity.leaf.not_valid_after_utc,
             now=datetime.fromtimestamp(self._board.clock().unix, UTC),
         )
 
@@ -287,6 +282,9 @@ class Defender:
                 continue
             self.report()
             due = time.monotonic() + self._interval()
+        with self._lock:
+            if self._incidents.false != self._kept.false:
+                self._keep(Kept(self._kept.number, self._kept.at, self._incidents.false))
 
     def report(self) -> None:
         """Send one report now."""
@@ -317,10 +315,9 @@ class Defender:
         return self._interval() - passed if 0 <= passed < self._interval() else 0.0
 
     def _count(self, change: Callable[[Incidents, float], Incidents]) -> None:
+        """In memory: alarms have better things to wait for than a statistic's fsync."""
         with self._lock:
-            before, self._incidents = self._incidents, change(self._incidents, self._board.uptime())
-            if before.false != self._incidents.false:
-                self._keep(Kept(self._kept.number, self._kept.at, self._incidents.false))
+            self._incidents = change(self._incidents, self._board.uptime())
 
     def _keep(self, kept: Kept) -> None:
         self._kept = kept

@@ -179,6 +179,11 @@ class Link:
         """The unit's name in the cloud."""
         return self._identity.serial
 
+    @property
+    def identity(self) -> Identity:
+        """What the next connection is made with."""
+        return self._identity
+
     def connected(self) -> bool:
         """Whether hello has been said on a connection that is still up."""
         return self._greeted() is not None

@@ -3,7 +3,7 @@
     edge ──▶ keeper ──▶ spool (disk) ──▶ link ──▶ broker
                                           │
                       deleted on PUBACK ◀─┘          supervisor: watchdog
-                                                     parts: jobs, shadows, house
+                                                     parts: jobs, shadows, health, house
 
 The keeper and the link are vital: when one of them ends, the agent ends, and systemd starts it anew; when one of them
 hangs, the supervisor stops feeding the watchdog, and systemd does the same. The parts are not vital: when jobs, shadows
@@ -28,6 +28,7 @@ from firmware_agent import __version__, identity, keys, messages, status, tuning
 from firmware_agent.arming import ArmingStore
 from firmware_agent.assembly import Means, runner
 from firmware_agent.board import Board, ClockReading
+from firmware_agent.defender import Defender
 from firmware_agent.errors import WrongState
 from firmware_agent.identity import Identity
 from firmware_agent.jobs.runner import Runner
@@ -107,6 +108,7 @@ class Product:
         self._link: Link | None = None
         self._shadows: Shadows | None = None
         self._alarm_twin: AlarmTwin | None = None
+        self._defender: Defender | None = None
         self._runner: Runner | None = None
         #: Why a thread ended that should not have, if one did.
         self.failure: BaseException | None = None
@@ -196,6 +198,15 @@ class Product:
             )
             self._shadows = Shadows(link, self._alarm_twin, settings_twin)
             self._add_part("shadows", self._shadows.run, self._shadows.changed)
+            self._defender = Defender(
+                link,
+                self._board,
+                state=self._settings.paths.state,
+                path=self._settings.paths.reports,
+                spool=lambda: len(spool),
+                seconds=lambda: self._tuning.report_seconds,
+            )
+            self._add_part("health", self._defender.run)
         self._spawn("link", lambda: link.run(self._stop, lambda: self._beat("link")))
         self._add_part("house", lambda stop: self._keep_house(stop, spool, arming, found))
         self._spawn("supervisor", self._supervise)
@@ -276,6 +287,8 @@ class Product:
     def _told(self, message: Alarm, clock: ClockReading, *, alarm: bool) -> None:
         """The keeper has kept something."""
         self._wake_link(urgent=alarm)
+        if alarm and self._defender is not None:
+            self._defender.alarm()
         if alarm and self._alarm_twin is not None and self._shadows is not None:
             self._alarm_twin.alarm(kind=message.kind, event_id=message.event_id, at=clock.unix, quality=clock.quality)
             self._shadows.changed()
@@ -283,6 +296,8 @@ class Product:
     def _armed(self, armed: bool) -> None:
         if self._keeper is not None:
             self._keeper.arm(armed=armed)
+        if self._defender is not None and not armed:
+            self._defender.disarmed()
         if self._shadows is not None:
             self._shadows.changed()
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firmware_agent import defender, identity
+from firmware_agent import defender
 from firmware_agent.defender import Defender, Kept, Network, Traffic, message, network, next_number
+from firmware_agent.product import Product
 from tests.firmware_agent.linking import Running, permit
-from tests.firmware_agent.support import SERIAL, Broker, Ca, Unit, wait_for
+from tests.firmware_agent.strict_broker import StrictBroker
+from tests.firmware_agent.support import SERIAL, Broker, Ca, Unit, provision, wait_for
 
 TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -151,7 +153,6 @@ def make(running: Running, unit: Unit, net: Path, seconds: float = 0.0) -> Defen
     return Defender(
         running.link,
         unit.board,
-        lambda: identity.load(paths.identity).leaf,
         state=paths.state,
         path=paths.reports,
         spool=lambda: len(running.spool),
@@ -224,3 +225,26 @@ def test_the_pause_between_reports_holds_over_a_restart(unit: Unit, ca: Ca, brok
         assert 790 < make(running, unit, net, seconds=900.0)._rest() <= 800
         unit.board.clock_offset = -1e9  # a clock that stepped back must not silence it for thirty years
         assert make(running, unit, net)._rest() == 0.0
+
+
+def test_product_mode_reports_and_counts_alarms(unit: Unit, ca: Ca, tmp_path: Path) -> None:
+    strict = StrictBroker(ca, tmp_path / "strict")
+    try:
+        provision(unit, ca, strict.port)
+        product = Product(unit.settings, unit.board, unit.pins)
+        product.start()
+        try:
+            unit.pir.drive_high()
+            wait_for(lambda: any(topic.endswith("/defender/metrics/json") for topic, _ in strict.published))
+            health = product._defender
+            assert health is not None
+            wait_for(lambda: health.incidents.false == (False,))
+            product._armed(False)
+            assert health.incidents.false == (True,)
+        finally:
+            product.stop()
+            product.join()
+    finally:
+        strict.close()
+
+    assert defender.load(unit.settings.paths.reports).false == (True,)
