@@ -171,7 +171,7 @@ class Keeper:
             elif isinstance(seen, _Say):
                 self._keep(seen.decision, self._board.clock(), self._board.uptime())
             uptime = self._board.uptime()
-            # Not before all edges that have come are taken in: the next may be the fall that makes a level no stuck one.
+            # Not before all edges that have come are taken in: the next may be the fall of a level that looks stuck.
             if self._seen.empty() and not 0 <= uptime - tick_at < _TICK_SECONDS:
                 tick_at = uptime
                 self._tick(uptime)
