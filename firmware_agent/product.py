@@ -401,7 +401,7 @@ class Product:
             **status.releases(self._settings),
             "serial": found.serial,
             "endpoint": f"{found.host}:{found.port}",
-            "certificate": {"not_after": found.leaf.not_valid_after_utc.timestamp()},
+            "certificate": {"not_after": self._link.identity.leaf.not_valid_after_utc.timestamp()},
             "armed": {"armed": now.armed, "by": now.by},
             "sensor": {
                 "high": sensor.high,
