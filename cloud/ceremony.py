@@ -27,7 +27,8 @@ from rich.table import Table
 from securesystemslib.signer import CryptoSigner, Key
 
 from cloud.keyring import add_key, load_keys, make_keys, read_public
-from cloud.repository import HOLDERS, ONLINE, Repository, canary_role
+from cloud.repository import Repository
+from cloud.roles import HOLDERS, ONLINE, canary_role
 
 DEFAULT_REPOSITORY = Path("build/updates/repository")
 DEFAULT_KEYS = Path("build/updates/keys")

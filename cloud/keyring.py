@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from cloud.errors import RepositoryFault
-from cloud.repository import HOLDER_FIELD
+from cloud.roles import HOLDER_FIELD
 
 _PUBLIC = "public.json"
 

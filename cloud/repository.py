@@ -29,14 +29,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
-    DelegatedRole,
-    Delegations,
     Metadata,
     MetaFile,
     Root,
@@ -49,93 +46,34 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from cloud.errors import RepositoryFault
+from cloud.roles import (
+    DAYS,
+    DELEGATED_DAYS,
+    KEEP,
+    ONLINE,
+    RINGS,
+    UNITS_FIELD,
+    Release,
+    RoleStatus,
+    Signing,
+    canary_role,
+    delegations,
+    describe,
+    expiry,
+    holder_of,
+    keep_newest,
+    listed,
+    new_root,
+    new_targets,
+    role_and_keys,
+    stored_name,
+    unlist,
+    version_key,
+)
+
+__all__ = ["Published", "Release", "Repository", "RoleStatus", "Signing", "canary_role", "version_key"]
 
 _S = TypeVar("_S", bound=Signed)
-
-#: How long each kind of metadata is good for, in days. A unit that was off for longer than the timestamp's just
-#: fetches a new one; the period is how long a thief of the mirror can hide a new release from a unit.
-DAYS: Final[Mapping[str, int]] = MappingProxyType({"root": 365, "targets": 90, "snapshot": 30, "timestamp": 7})
-_DELEGATED_DAYS: Final = 90
-
-#: Which of their keys are kept offline by the holders, and how many must sign.
-HOLDERS: Final = 3
-THRESHOLD: Final = 2
-
-ONLINE: Final = ("snapshot", "timestamp")
-
-#: Field of the canaries' delegation: the serials that it is for. Units know it by this name.
-UNITS_FIELD: Final = "x-picket-units"
-#: Field of a key: who holds it.
-HOLDER_FIELD: Final = "x-picket-holder"
-
-RINGS: Final = ("canary", "main")
-
-#: Releases that a ring keeps listed: the newest, and some to go back to. Each costs every unit about a kilobyte.
-KEEP: Final = 3
-
-
-@dataclass(frozen=True)
-class Signing:
-    """How far the signatures of staged metadata are.
-
-    Attributes:
-        role: whose metadata.
-        version: that waits.
-        missing: signatures that are still needed; 0 means ready to be published.
-        waiting_for: holders whose key could sign and has not.
-    """
-
-    role: str
-    version: int
-    missing: int
-    waiting_for: tuple[str, ...]
-
-    def __str__(self) -> str:
-        if not self.missing:
-            return f"{self.role} {self.version}: all signatures are there"
-        return f"{self.role} {self.version}: {self.missing} more of {', '.join(self.waiting_for)}"
-
-
-@dataclass(frozen=True)
-class RoleStatus:
-    """A role as it is in force."""
-
-    role: str
-    version: int
-    expires: datetime
-    threshold: int
-    holders: tuple[str, ...]
-
-    def days_left(self, now: datetime) -> float:
-        """Until it expires; negative afterwards."""
-        return (self.expires - now) / timedelta(days=1)
-
-
-@dataclass(frozen=True)
-class Release:
-    """A release that a ring lists.
-
-    Attributes:
-        path: its target path, for the job document.
-        ring: `canary` or `main`.
-        product: for which it is.
-        version: its own.
-        security_version: the floor that units take from it.
-        length: of the archive, in bytes.
-        tar_sha256: its identity.
-        deltas: target paths of the deltas that lead to it, by the tar digest that they start from.
-        files: target path to the file's place under the repository, the archive and the deltas.
-    """
-
-    path: str
-    ring: str
-    product: str
-    version: str
-    security_version: int
-    length: int
-    tar_sha256: str
-    deltas: Mapping[str, str]
-    files: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -161,82 +99,6 @@ class Published:
         if not self.immutable or not self.name.startswith("metadata/"):
             return content, None
         return gzip.compress(content, mtime=0), "gzip"
-
-
-# --- pure: what metadata are like ---------------------------------------------------------------------------------
-
-
-def delegations(product: str) -> dict[str, tuple[str, ...]]:
-    """The roles of a product, and the paths that each may sign. A `*` never matches a slash, so none overlap."""
-    return {
-        product: (f"agent/{product}-*", f"os/{product}-*"),
-        canary_role(product): (f"agent/canary/{product}-*", f"os/canary/{product}-*"),
-    }
-
-
-def canary_role(product: str) -> str:
-    """The role that signs for a product's canaries."""
-    return f"{product}-canary"
-
-
-def expiry(role: str, now: datetime) -> datetime:
-    """When metadata that are signed now expire."""
-    return (now + timedelta(days=DAYS.get(role, _DELEGATED_DAYS))).replace(microsecond=0)
-
-
-def new_root(keys: Mapping[str, Sequence[Key]], now: datetime) -> Root:
-    """The first root: `keys` has one entry for each of the four top-level roles."""
-    root = Root(version=1, expires=expiry("root", now), consistent_snapshot=True)
-    for role in ("root", "targets", *ONLINE):
-        for key in keys[role]:
-            root.add_key(key, role)
-        root.roles[role].threshold = min(THRESHOLD, len(keys[role]))
-    return root
-
-
-def new_targets(product: str, keys: Mapping[str, Sequence[Key]], now: datetime) -> Targets:
-    """The first targets: no files, only the delegations of a product."""
-    roles = {}
-    for name, paths in delegations(product).items():
-        extra: dict[str, Any] = {UNITS_FIELD: []} if name == canary_role(product) else {}
-        threshold = min(THRESHOLD, len(keys[name]))
-        roles[name] = DelegatedRole(name, [], threshold, terminating=True, paths=list(paths), unrecognized_fields=extra)
-    targets = Targets(version=1, expires=expiry("targets", now), delegations=Delegations({}, roles))
-    for name in roles:
-        for key in keys[name]:
-            targets.add_key(key, name)
-    return targets
-
-
-def target_path(kind: str, ring: str, file: str) -> str:
-    """Where a file of a release is in a ring."""
-    return f"{kind}/canary/{file}" if ring == "canary" else f"{kind}/{file}"
-
-
-def stored_name(path: str, sha256: str) -> str:
-    """Where a target's file is under the repository: named by its digest, so that it never changes (TUF 6.2)."""
-    folder, _, name = path.rpartition("/")
-    return f"targets/{folder}/{sha256}.{name}"
-
-
-def describe(release: Mapping[str, Any], ring: str) -> dict[str, tuple[Mapping[str, Any], dict[str, Any]]]:
-    """What is signed about a release: target path to (file entry of the description, `custom`)."""
-    kind, archive = release["kind"], release["archive"]
-    path = target_path(kind, ring, archive["file"])
-    found = {}
-    hints = []
-    for delta in release["deltas"]:
-        delta_path = target_path(kind, ring, delta["file"])
-        hints.append({"from": delta["from"], "target": delta_path})
-        found[delta_path] = (delta, {key: delta[key] for key in ("from", "to", "chunk_bytes", "chunks")})
-    custom = {key: release[key] for key in ("product", "version", "security_version", "hardware", "min_from")}
-    custom |= {key: archive[key] for key in ("tar_sha256", "tar_size", "chunk_bytes", "chunks")}
-    return {path: (archive, {**custom, "deltas": hints}), **found}
-
-
-def version_key(version: str) -> tuple[int, ...]:
-    """A version as numbers to sort by."""
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 # --- the repository on disk ---------------------------------------------------------------------------------------
@@ -327,7 +189,7 @@ class Repository:
             result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
             missing = max(missing, result.threshold - len(result.signed))
             waiting |= result.unsigned
-        names = tuple(sorted({_holder(key) for key in waiting.values()}))
+        names = tuple(sorted({holder_of(key) for key in waiting.values()}))
         return Signing(role, metadata.signed.version, max(missing, 0), names if missing > 0 else ())
 
     def status(self) -> list[RoleStatus]:
@@ -341,8 +203,8 @@ class Repository:
             if metadata is None:
                 continue
             delegator: Root | Targets = root.signed if role in root.signed.roles else targets.signed
-            entry, keys = _role_and_keys(delegator, role)
-            holders = tuple(sorted(_holder(key) for key in keys))
+            entry, keys = role_and_keys(delegator, role)
+            holders = tuple(sorted(holder_of(key) for key in keys))
             found.append(RoleStatus(role, metadata.signed.version, metadata.signed.expires, entry.threshold, holders))
         return found
 
@@ -359,7 +221,7 @@ class Repository:
         parent = self._newest("targets" if role in self._delegated() else "root").signed
         if isinstance(parent, Root) and role not in parent.roles:
             return []
-        return [(_holder(key), key) for key in _role_and_keys(parent, role)[1]]
+        return [(holder_of(key), key) for key in role_and_keys(parent, role)[1]]
 
     def releases(self, ring: str | None = None) -> list[Release]:
         """The releases that units can be sent, the newest first; `ring` leaves the other one out."""
@@ -367,12 +229,12 @@ class Repository:
         for name in RINGS if ring is None else (ring,):
             metadata = self.in_force(self._role_of(name))
             if metadata is not None:
-                found += _listed(metadata.signed, name)
+                found += listed(metadata.signed, name)
         return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
     def canaries(self) -> tuple[str, ...]:
         """The serials that the canaries' releases are for, as they will be after what is staged."""
-        units = _role_and_keys(self._newest("targets").signed, canary_role(self.product))[0].unrecognized_fields
+        units = role_and_keys(self._newest("targets").signed, canary_role(self.product))[0].unrecognized_fields
         return tuple(units.get(UNITS_FIELD, ()))
 
     def files_to_publish(self) -> list[Published]:
@@ -426,11 +288,11 @@ class Repository:
             for path, (entry, _) in targets.items():
                 _copy(description.parent / entry["file"], self.directory / stored_name(path, entry["sha256"]), entry)
             with self._edit(role, Targets) as signed:
-                _unlist(signed, release["version"])
+                unlist(signed, release["version"])
                 for path, (entry, custom) in targets.items():
                     extra = {"custom": custom}
                     signed.targets[path] = TargetFile(entry["length"], {"sha256": entry["sha256"]}, path, extra)
-                _keep(signed, release["version"], keep)
+                keep_newest(signed, release["version"], keep)
         return next(iter(targets))
 
     def promote(self, version: str) -> str:
@@ -447,7 +309,7 @@ class Repository:
         if source is None or canary is None:
             raise RepositoryFault(f"the canaries have no release {version}")
         with self._locked(), self._edit(self.product, Targets) as signed:
-            _unlist(signed, version)
+            unlist(signed, version)
             for path, stored in source.files.items():
                 target = canary.signed.targets[path]
                 to = path.replace("/canary/", "/", 1)
@@ -457,7 +319,7 @@ class Repository:
                 for hint in custom.get("deltas", ()):
                     hint["target"] = hint["target"].replace("/canary/", "/", 1)
                 signed.targets[to] = TargetFile(target.length, dict(target.hashes), to, {"custom": custom})
-            _keep(signed, version, KEEP)
+            keep_newest(signed, version, KEEP)
         return source.path.replace("/canary/", "/", 1)
 
     def withdraw(self, version: str) -> tuple[str, ...]:
@@ -476,13 +338,13 @@ class Repository:
         with self._locked():
             for role in roles:
                 with self._edit(role, Targets) as signed:
-                    _unlist(signed, version)
+                    unlist(signed, version)
         return roles
 
     def set_canaries(self, serials: Iterable[str]) -> None:
         """Stage which units the canaries' releases are for."""
         with self._locked(), self._edit("targets", Targets) as signed:
-            role = _role_and_keys(signed, canary_role(self.product))[0]
+            role = role_and_keys(signed, canary_role(self.product))[0]
             role.unrecognized_fields[UNITS_FIELD] = sorted(set(serials))
 
     def replace_key(self, role: str, old: str, new: Key) -> tuple[str, ...]:
@@ -527,7 +389,7 @@ class Repository:
         """
         with self._locked():
             metadata = self._must_be_staged(role)
-            accepted = {key.keyid for parent in self._delegators(role) for key in _role_and_keys(parent, role)[1]}
+            accepted = {key.keyid for parent in self._delegators(role) for key in role_and_keys(parent, role)[1]}
             for signer in signers:
                 if signer.public_key.keyid in accepted:
                     metadata.sign(signer, append=True)
@@ -669,27 +531,11 @@ class Repository:
         return Metadata(Timestamp(version=version, expires=expires, snapshot_meta=MetaFile(snapshot)))
 
     def _is_half_spent(self, signed: Signed, role: str) -> bool:
-        return signed.expires - self._clock() < timedelta(days=DAYS.get(role, _DELEGATED_DAYS)) / 2
-
-
-def _role_and_keys(delegator: Root | Targets, role: str) -> tuple[Any, list[Key]]:
-    if isinstance(delegator, Root):
-        entry: Any = delegator.roles[role]
-        keys = delegator.keys
-    else:
-        assert delegator.delegations is not None  # noqa: S101 - ours always delegate
-        assert delegator.delegations.roles is not None  # noqa: S101
-        entry = delegator.delegations.roles[role]
-        keys = delegator.delegations.keys
-    return entry, [keys[keyid] for keyid in entry.keyids]
-
-
-def _holder(key: Key) -> str:
-    return str(key.unrecognized_fields.get(HOLDER_FIELD, key.keyid[:8]))
+        return signed.expires - self._clock() < timedelta(days=DAYS.get(role, DELEGATED_DAYS)) / 2
 
 
 def _sign_online(metadata: Metadata[Any], root: Metadata[Any], role: str, signers: Mapping[str, Signer]) -> None:
-    entry, _ = _role_and_keys(root.signed, role)
+    entry, _ = role_and_keys(root.signed, role)
     if len(set(entry.keyids) & set(metadata.signatures)) >= entry.threshold:
         return  # it was taken over as it is
     ours = [signers[keyid] for keyid in entry.keyids if keyid in signers]
@@ -698,49 +544,6 @@ def _sign_online(metadata: Metadata[Any], root: Metadata[Any], role: str, signer
     metadata.signatures.clear()
     for signer in ours:
         metadata.sign(signer, append=True)
-
-
-def _listed(signed: Targets, ring: str) -> list[Release]:
-    """The releases of a role, the newest first."""
-    found = []
-    for path, target in signed.targets.items():
-        custom = target.custom or {}
-        if "tar_sha256" not in custom:
-            continue  # a delta
-        deltas = {hint["from"]: hint["target"] for hint in custom["deltas"]}
-        files = {
-            name: stored_name(name, signed.targets[name].hashes["sha256"])
-            for name in (path, *deltas.values())
-            if name in signed.targets
-        }
-        found.append(
-            Release(
-                path,
-                ring,
-                custom["product"],
-                custom["version"],
-                custom["security_version"],
-                target.length,
-                custom["tar_sha256"],
-                MappingProxyType(deltas),
-                MappingProxyType(files),
-            )
-        )
-    return sorted(found, key=lambda release: version_key(release.version), reverse=True)
-
-
-def _keep(signed: Targets, version: str, count: int) -> None:
-    """List `version` and the newest others, `count` together."""
-    others = [release.version for release in _listed(signed, "") if release.version != version]
-    for old in others[max(count - 1, 0) :]:
-        _unlist(signed, old)
-
-
-def _unlist(signed: Targets, version: str) -> None:
-    for release in _listed(signed, ""):
-        if release.version == version:
-            for path in release.files:
-                del signed.targets[path]
 
 
 def _description(path: Path) -> dict[str, Any]:

@@ -12,14 +12,20 @@ from tuf.api.metadata import DelegatedRole, Metadata, Targets
 from tuf.ngclient import Updater
 
 from cloud.errors import RepositoryFault
-from cloud.repository import Repository, delegations
+from cloud.repository import Repository
+from cloud.roles import delegations
 from firmware_agent.update.fetch import Fetcher
 from tests.updates import World, build, sha256, signer
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+def world(made: World, tmp_path: Path) -> World:
+    return made.copy(tmp_path)
 
 
 def as_any_client_sees(world: World, path: str, folder: Path) -> bytes | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cloud.repository import describe
+from cloud.roles import describe
 from firmware_agent import __version__
 from firmware_agent.update import archive, delta
 from firmware_agent.update.archive import Digest, Manifest
