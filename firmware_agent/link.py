@@ -130,6 +130,7 @@ class Link:
         key: the key of that certificate.
         spool: what waits to be sent.
         notify: told in words how the link is.
+        release, safe_mode: said in each hello.
     """
 
     def __init__(
@@ -140,9 +141,14 @@ class Link:
         key: keys.DeviceKey,
         spool: Spool,
         notify: Systemd,
+        *,
+        release: str | None = None,
+        safe_mode: str | None = None,
     ) -> None:
         self._settings = settings
         self._board = board
+        self._release = release
+        self._safe_mode = safe_mode
         self._identity = identity
         self._key = key
         self._notify = notify
@@ -461,6 +467,8 @@ class Link:
             image=self._settings.image,
             clock=self._board.clock(),
             key=keys.grade(self._settings),
+            release=self._release,
+            safe_mode=self._safe_mode,
         ).payload()
 
     # --- what comes in ---------------------------------------------------------------------------------------------

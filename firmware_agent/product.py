@@ -173,7 +173,16 @@ class Product:
         arming: ArmingStore,
         pir: Pir,
     ) -> None:
-        link = Link(self._settings, self._board, found, key, spool, self._notify)
+        link = Link(
+            self._settings,
+            self._board,
+            found,
+            key,
+            spool,
+            self._notify,
+            release=self._release,
+            safe_mode=self._safe_mode,
+        )
         self._link = link
         self._runner = runner(
             Means(

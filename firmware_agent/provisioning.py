@@ -2,9 +2,9 @@
 
     identify → enrol → burn-in → installed → prove → self-test → watch-pir → connect → seal
 
-That is the order of the line, but every verb stands alone and may be asked again: what a verb needs it finds on the
-disk, and what it makes is complete and durable before it answers. The unit reports values and judges nothing; limits
-belong to the line.
+That is the order of the line, and `status` tells a person how the unit is. Every verb stands alone and may be asked
+again: what a verb needs it finds on the disk, and what it makes is complete and durable before it answers. The unit
+reports values and judges nothing; limits belong to the line.
 """
 
 import base64
@@ -254,6 +254,7 @@ class Provisioning:
             "watch-pir": (WatchPir.parse, self._watch_pir),
             "connect": (Connect.parse, self._connect),
             "seal": (Nothing.parse, self._seal),
+            "status": (Nothing.parse, self._status),
         }
 
     def serve(self, stream: Stream) -> None:
@@ -459,6 +460,12 @@ class Provisioning:
         if connected != found.certificate_sha256:
             raise WrongState("this unit has not held a connection with its certificate yet; run connect first")
         return {"sealing": True}
+
+    def _status(self, _: Nothing, __: Emit) -> dict[str, Any]:
+        from firmware_agent import status  # noqa: PLC0415 - asked by people, not by the line
+
+        document = status.collect(self._settings, self._board)
+        return {"words": status.words(document), "status": dict(document)}
 
     def _request_seal(self) -> None:
         """Ask for the seal, after the answer is out: the way to the station is about to be cut."""

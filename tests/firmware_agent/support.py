@@ -209,11 +209,8 @@ class Unit:
         return self.factory.pin(f"GPIO{TAMPER}")
 
     def with_case(self) -> "Unit":
-        """The same with a loop through its case, which is closed."""
-        unit = replace(self, pins=FactoryPins(self.factory, LINE, TAMPER))
-        with unit.pins.tamper():  # the pull-down comes first, then what drives the line
-            unit.case.drive_high()
-        return unit
+        """The same with a loop through its case, which is open until `case` is driven high."""
+        return replace(self, pins=FactoryPins(self.factory, LINE, TAMPER))
 
     def with_heartbeat(self, seconds: float) -> "Unit":
         tuning = replace(self.settings.tuning, heartbeat_seconds=seconds)

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from firmware_agent import files, messages
+from firmware_agent import arming, files, messages, tuning
+from firmware_agent.arming import Arming
 from firmware_agent.errors import KeyFault, KeyMismatch, NoTpm, PirFault, WrongState
+from firmware_agent.jobs.runner import Runner
 from firmware_agent.pins import LgpioPins
-from firmware_agent.product import Product
+from firmware_agent.product import EXIT_RESTART, Product
 from firmware_agent.spool import Spool
 from firmware_agent.systemd import Systemd
 from tests.firmware_agent.support import BOARD, Broker, Ca, Unit, free_port, provision, wait_for
@@ -221,6 +224,117 @@ def test_a_clock_before_the_certificate_keeps_alarms_and_tries_no_tls(unit: Unit
         assert b'"at_quality":"estimated"' in spool.oldest(1)[0].body
 
 
+# --- armed, tampered with, tuned ----------------------------------------------------------------------------------
+
+
+def disarm(unit: Unit) -> None:
+    arming.save(unit.settings.paths.arming, Arming(armed=False, by="cloud"))
+
+
+def test_motion_while_disarmed_is_an_event_and_no_alarm(unit: Unit, ca: Ca, broker: Broker, start: Start) -> None:
+    broker.start()
+    provision(unit, ca, broker.port)
+    disarm(unit)
+    start(unit)
+
+    wave(unit)
+
+    event = broker.next("event")
+    assert (event["kind"], event["sequence"]) == ("motion", 1)
+    wait_for(lambda: spooled(unit) == 0)
+    assert broker.seen.empty()
+
+
+def test_an_opened_case_is_an_alarm_though_disarmed(unit: Unit, ca: Ca, broker: Broker, start: Start) -> None:
+    broker.start()
+    provision(unit, ca, broker.port)
+    disarm(unit)
+    start(unit.with_case())  # nothing holds the mock's line up yet: the case is open from the start
+    unit.case.drive_high()
+
+    first = broker.next("alarm")
+    over = broker.next("event")
+    unit.case.drive_low()
+    again = broker.next("alarm")
+
+    assert (first["kind"], first["detail"], over["kind"], again["kind"]) == (
+        "tamper",
+        "the case is open",
+        "tamper-over",
+        "tamper",
+    )
+    assert again["sequence"] == 2
+
+
+def test_what_the_owner_has_tuned_outlives_a_restart(unit: Unit, ca: Ca, start: Start) -> None:
+    provision(unit, ca, free_port())
+    tuning.save(unit.settings.paths.tuning, replace(unit.settings.tuning, quiet_seconds=600.0), unit.settings.tuning)
+    start(unit)
+
+    for _ in range(5):
+        wave(unit)
+
+    wait_for(lambda: spooled(unit) == 1)
+
+
+def test_damaged_tuning_costs_the_owners_wishes_and_no_alarm(
+    unit: Unit, ca: Ca, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    provision(unit, ca, free_port())
+    unit.settings.paths.tuning.write_text("{")
+    unit.settings.paths.shadows.write_text("{}")
+    start(unit)
+    wave(unit)
+
+    wait_for(lambda: spooled(unit) == 1)
+    assert "the image's settings hold until the owner's come again" in caplog.text
+    assert not unit.settings.paths.shadows.exists()  # the shadow's wishes will be taken once more
+
+
+# --- the clock ----------------------------------------------------------------------------------------------------
+
+
+def test_alarms_of_a_unit_without_time_arrive_with_the_time_that_it_learns_later(
+    unit: Unit, ca: Ca, broker: Broker, start: Start
+) -> None:
+    provision(unit, ca, broker.port)
+    unit.board.clock_offset, unit.board.quality = -56 * 365 * 86400, "estimated"
+    start(unit)
+    wave(unit)
+    wait_for(lambda: spooled(unit) == 1)
+    broker.start()
+    unit.board.clock_offset, unit.board.quality = 0.0, "ntp"
+
+    alarm = broker.next("alarm")
+    told = broker.next("event")
+
+    assert alarm["at_quality"] == "corrected"
+    assert abs((datetime.fromisoformat(alarm["at"]) - datetime.now(UTC)).total_seconds()) < 60
+    assert told["kind"] == "clock-set"
+    assert told["detail"].endswith("s (ntp)")
+
+
+def test_a_clock_that_leaps_to_2099_and_back_corrects_nothing_wrongly(
+    unit: Unit, ca: Ca, broker: Broker, start: Start
+) -> None:
+    provision(unit, ca, broker.port)
+    unit.board.quality = "estimated"
+    start(unit)
+    wave(unit)
+    wait_for(lambda: spooled(unit) == 1)
+    unit.board.clock_offset, unit.board.quality = 73 * 365 * 86400, "ntp"  # after its certificate's last day
+    wave(unit)
+    wait_for(lambda: spooled(unit) == 2)
+    time.sleep(1.5)  # long enough to look at the clock
+    unit.board.clock_offset = 0.0
+    broker.start()
+
+    first = broker.next("alarm")
+
+    assert first["sequence"] == 1
+    assert abs((datetime.fromisoformat(first["at"]) - datetime.now(UTC)).total_seconds()) < 60
+
+
 # --- what keeps it from starting ----------------------------------------------------------------------------------
 
 
@@ -357,6 +471,41 @@ def test_a_thread_that_dies_ends_the_whole_product(
     with pytest.raises(ZeroDivisionError):
         product.join()
     assert "the keeper has ended" in caplog.text
+
+
+def test_a_part_that_breaks_is_begun_again_and_the_alarm_goes_on(
+    unit: Unit, ca: Ca, broker: Broker, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firmware_agent.backoff.FIRST_SECONDS", 0.05)
+    begun = []
+
+    def broken(_: Runner, stop: threading.Event) -> None:
+        begun.append(stop)
+        raise ZeroDivisionError("jobs are hard")
+
+    monkeypatch.setattr(Runner, "run", broken)
+    broker.start()
+    provision(unit, ca, broker.port)
+    start(unit)
+
+    event = broker.next("event")
+    wait_for(lambda: len(begun) >= 3)
+    wave(unit)
+
+    assert (event["kind"], event["detail"]) == ("part-broken", "jobs: ZeroDivisionError: jobs are hard")
+    assert broker.next("alarm")["kind"] == "motion"
+    wait_for(lambda: spooled(unit) == 0)  # told once, not each time
+
+
+def test_a_job_that_changes_the_release_ends_the_agent_with_its_own_code(unit: Unit, ca: Ca, start: Start) -> None:
+    provision(unit, ca, free_port())
+    product = start(unit)
+
+    product._leave()
+    product.join()
+
+    assert product.exit_code == EXIT_RESTART
+    assert product.failure is None
 
 
 def test_product_mode_starts_and_stops_any_number_of_times(unit: Unit, ca: Ca) -> None:
