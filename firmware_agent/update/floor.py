@@ -97,6 +97,8 @@ def write_floor(path: Path, floor: Floor) -> None:
         "security": dict(floor.security),
         "metadata": {role: {"version": mark.version, "keys": mark.keys} for role, mark in floor.metadata.items()},
     }
+    for left in path.parent.glob(f".{path.name}.*.new"):
+        files.remove(left)  # of a write that was killed
     files.write_atomic(path, json.dumps(value, indent=1, sort_keys=True).encode(), 0o600)
 
 

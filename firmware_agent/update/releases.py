@@ -249,6 +249,9 @@ class Releases:
         ]
         for path in leftovers:
             files.remove(path)
+        if removed or leftovers:  # else a power cut could bring them back after the job is closed
+            for folder in (self.directory / "releases", self.directory, self._boot.parent):
+                files.sync_directory(folder)
         return removed
 
     # --- the disk ---
