@@ -88,7 +88,10 @@ def _said(path: Path) -> dict[str, Any] | None:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    try:
+        return float(value) if isinstance(value, (int, float)) else 0.0
+    except OverflowError:
+        return 0.0
 
 
 def _alive(pid: object) -> bool:
@@ -172,9 +175,9 @@ def words(document: Document) -> str:
 
 def _lines(said: Document) -> Iterator[tuple[str, str]]:
     yield "agent", _agent(said)
-    yield "safe mode", said.get("safe_mode") or ""
+    yield "safe mode", str(said.get("safe_mode") or "")
     yield "release", _release(said)
-    yield "unit", " at ".join(filter(None, (said.get("serial"), said.get("endpoint"))))
+    yield "unit", " at ".join(str(one) for one in (said.get("serial"), said.get("endpoint")) if one)
     yield "armed", _armed(_part(said, "armed"))
     yield "sensor", _sensor(_part(said, "sensor"), _number(said.get("uptime")))
     yield "spool", _spool_words(_part(said, "spool"))
@@ -188,7 +191,8 @@ def _lines(said: Document) -> Iterator[tuple[str, str]]:
     for name, part in _part(said, "parts").items():
         if isinstance(part, dict) and part.get("fault"):
             yield "broken", f"{name}, begun again {part.get('restarts')} times: {part['fault']}"
-    for one in said.get("complaints") or ():
+    complaints = said.get("complaints")
+    for one in complaints if isinstance(complaints, list) else ():
         if isinstance(one, dict):
             ago = _span(_number(said.get("uptime")) - _number(one.get("uptime")))
             times = f" ({one['times']} times)" if _number(one.get("times")) > 1 else ""
