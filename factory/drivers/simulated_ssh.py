@@ -97,7 +97,7 @@ class FactorySsh:
                 while output is not None and (piece := os.read(output.fileno(), _PIECE)):
                     channel.sendall(piece)
         with suppress(OSError, EOFError):
-            channel.send_exit_status(process.returncode)
+            channel.send_exit_status(process.returncode % 256)  # a killed one's is negative
             channel.close()
         program.ended()
 
