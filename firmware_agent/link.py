@@ -153,7 +153,7 @@ class Link:
         self._key = key
         self._notify = notify
         #: Whether the time can be right; told the time by the cloud.
-        self.timekeeper = Timekeeper(settings.paths, lambda: self._identity.leaf)
+        self.timekeeper = Timekeeper(settings.paths, lambda: self._identity.validity)
         self._inbox: queue.SimpleQueue[_Wake | _Changed | _Sent | _Subscribed | _Arrived | _Swap] = queue.SimpleQueue()
         self._pace = Pace(settings.mqtt.publishes_per_second)
         self._quarantine = Quarantine()
@@ -197,8 +197,9 @@ class Link:
     def status(self) -> LinkStatus:
         """How the link is now."""
         now = time.monotonic()
-        at = now if self._state == "connected" else self._connected_at
-        return LinkStatus(self._state, self._detail, self._quarantine.all(now), at, self._failures)
+        up = self._state == "connected"
+        held, at = self._quarantine.all(now), now if up else self._connected_at
+        return LinkStatus(self._state, self._detail, held, at, 0 if up else self._failures)
 
     def wake(self, *, urgent: bool = False) -> None:
         """Look into the spool now; `urgent` also shortens the wait for the next attempt to connect."""
@@ -453,7 +454,6 @@ class Link:
     def _said_hello(self, up: "_Up", error: BaseException | None) -> None:
         if error is None or isinstance(error, NotAllowedError):  # alarms do not wait for a policy without hello
             up.greeted = True
-            self._failures = 0 if error is None else self._failures
         else:
             _log.warning("hello was not delivered: %s", error)
             up.hello_at = time.monotonic() + RETRY_SECONDS

@@ -297,6 +297,18 @@ def test_connects_are_a_second_apart_whatever_happens(unit: Unit, ca: Ca, strict
     assert min(gaps) > 0.9  # of a monotonic clock of the same machine; the handshake's jitter left aside
 
 
+def test_a_broker_that_hangs_up_on_alarms_is_tried_ever_more_rarely(unit: Unit, ca: Ca, strict: StrictBroker) -> None:
+    strict.judge = lambda _, topic: "hang up" if topic.endswith("alarm") else "fine"
+    with Running.of(unit, ca, strict.port) as running:
+        running.alarm()
+        wait_for(lambda: len(strict.connects) >= 3)
+        wait_for(lambda: running.link.status().failures >= 3)
+
+        assert running.link.status().held == {}
+        strict.judge = lambda _, __: "fine"
+        running.wait_drained()
+
+
 def test_a_broker_that_is_silent_is_left_for_a_new_connection(
     unit: Unit, ca: Ca, strict: StrictBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +351,9 @@ def test_a_listener_hears_only_what_it_asked_for(unit: Unit, ca: Ca, strict: Str
 # --- the spool ----------------------------------------------------------------------------------------------------
 
 
-def test_ten_thousand_alarms_go_out_in_order(unit: Unit, ca: Ca, broker: Broker) -> None:
+def test_thousands_of_alarms_go_out_in_order(unit: Unit, ca: Ca, broker: Broker) -> None:
     permit(broker)
-    count = 10_000
+    count = 3_000
     with Running.of(unit, ca, broker.port) as running:
         began = time.monotonic()
         running.alarm(count)
