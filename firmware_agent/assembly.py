@@ -6,7 +6,10 @@ In safe mode only an update is taken: it is what can mend the unit.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+from firmware_agent import identity
 from firmware_agent.board import Board
 from firmware_agent.jobs.collect_logs import CollectLogs, journal
 from firmware_agent.jobs.configure import Configure
@@ -33,6 +36,7 @@ from firmware_agent.rotation import KeyInForce, Rotation
 from firmware_agent.settings import Settings
 from firmware_agent.spool import Spool
 from firmware_agent.tuning import Tuning
+from firmware_agent.update.download import Payload, download
 from firmware_agent.update.releases import Releases
 from firmware_agent.update.target import Running
 from firmware_agent.update.trust import Trust
@@ -85,11 +89,14 @@ def kinds(means: Means) -> list[Kind]:
     settings, board = means.settings, means.board
     checks = _checks(means)
     gate = _gate(checks, means.safe_mode)
+    # The image has no CA store: whoever may be the endpoint may also be where updates come from and logs go to.
+    authorities = identity.load(settings.paths.identity).trust
+    get = downloader(authorities)
     limits = Limits(settings.update.health_seconds, settings.update.soft_seconds, settings.update.attempts)
-    trust = Trust.of(settings, means.link.serial, lambda: _now(means))
+    trust = Trust.of(settings, means.link.serial, lambda: _now(means), authorities)
     releases = Releases(settings.paths.releases, settings.paths.state)
     hardware = board.facts().compatible
-    update = Update(releases, means.release, hardware, trust, means.link, gate, limits)
+    update = Update(releases, means.release, hardware, trust, means.link, gate, limits, get=get)
     if means.safe_mode is not None:
         return [update]
 
@@ -99,13 +106,26 @@ def kinds(means: Means) -> list[Kind]:
     running = Running(settings.image.version, 0, hardware)
     return [
         update,
-        OsUpdate(NoSlots(), running, boot_id, trust, means.link, gate, limits),
+        OsUpdate(NoSlots(), running, boot_id, trust, means.link, gate, limits, get=get),
         SelfTest(checks),
-        CollectLogs(journal, means.status),
+        CollectLogs(journal, means.status, authorities=authorities),
         Reboot(settings.paths.reboot_request, boot_id),
         Configure(settings.paths.tuning, settings.tuning, means.tune),
         Rotation(means.link, means.store, settings.paths.identity, board.facts().serial),
     ]
+
+
+def downloader(authorities: str) -> Callable[..., Path]:
+    """`download.download` that also trusts these PEM certificates."""
+
+    def get(payload: Payload, url: str, directory: Path, **options: Any) -> Path:
+        import ssl  # noqa: PLC0415 - only while there is something to download
+
+        context = ssl.create_default_context()
+        context.load_verify_locations(cadata=authorities)
+        return download(payload, url, directory, context=context, **options)
+
+    return get
 
 
 def _checks(means: Means) -> Mapping[str, Check]:
