@@ -239,7 +239,7 @@ def _gone(execution: Execution) -> Execution:
 def _close(execution: Execution) -> Execution:
     if execution.stage is Stage.CLOSED:
         return execution
-    return replace(execution, stage=Stage.CLOSED, stores=execution.stores + 1)
+    return replace(execution, stage=Stage.CLOSED, granted=False, stores=execution.stores + 1)
 
 
 def _unwritable(execution: Execution, reason: str) -> Execution:

@@ -26,6 +26,7 @@ from firmware_agent.mqtt import NotDeliveredError
 from tests.firmware_agent.support import Ca, pem, pem_key
 
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "CANCELED", "REMOVED"})
+STATUSES = TERMINAL | {"QUEUED", "IN_PROGRESS"}
 FROM_DEVICE = frozenset({"IN_PROGRESS", "SUCCEEDED", "FAILED", "REJECTED"})
 _KEY = re.compile(r"[a-zA-Z0-9:_-]{1,128}")
 _JOB = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -253,16 +254,18 @@ class JobsService:
     def _update(self, thing: str, job: str, body: dict[str, Any]) -> dict[str, Any]:
         _known(body, _UPDATE_FIELDS)
         status, details, minutes = body.get("status"), _details(body), _minutes(body)
-        if status not in FROM_DEVICE:
-            raise _No("InvalidRequest", f"a device cannot set {status}")
+        if status not in STATUSES:
+            raise _No("InvalidRequest", f"there is no status {status}")
         execution = self._find(thing, job, body)
+        if status not in FROM_DEVICE:
+            raise _No("InvalidStateTransition", f"a device cannot set {status}", execution.state())
         expected = body.get("expectedVersion")
         if expected is not None and type(expected) is not int:
             raise _No("InvalidRequest", "expectedVersion is no integer")
+        if expected is not None and expected != execution.version:  # also when it is over
+            raise _No("VersionMismatch", f"expected {expected}, is {execution.version}", execution.state())
         if not execution.open:
             raise _No("InvalidStateTransition", f"{execution.status} cannot become {status}", execution.state())
-        if expected is not None and expected != execution.version:
-            raise _No("VersionMismatch", f"expected {expected}, is {execution.version}", execution.state())
         self._set(execution, status, details, minutes)
         self.told.append(Told(job, execution.number, status, details or {}, minutes))
         answer: dict[str, Any] = {}
@@ -491,7 +494,8 @@ class Bridge:
                 port=port,
                 tls_ctx=io.ClientTlsContext(tls),
                 connect_options=mqtt5.ConnectPacket(client_id="jobs-service"),
-                session_behavior=mqtt5.ClientSessionBehaviorType.REJOIN_POST_SUCCESS,
+                min_reconnect_delay_ms=50,
+                max_reconnect_delay_ms=200,
                 on_publish_callback_fn=self._on_publish,
                 on_lifecycle_event_connection_success_fn=self._connected,
                 on_lifecycle_event_stopped_fn=lambda _: self._stopped.set_result(None),
@@ -502,11 +506,6 @@ class Bridge:
     def __enter__(self) -> Self:
         self._client.start()
         self._up.result(20)
-        wanted = [
-            mqtt5.Subscription(f"$aws/things/+/jobs/{request}", mqtt5.QoS.AT_LEAST_ONCE)
-            for request in ("get", "start-next", "+/get", "+/update")
-        ]
-        self._client.subscribe(mqtt5.SubscribePacket(wanted)).result(20)
         self._service.publish = self._publish
         self._thread.start()
         return self
@@ -519,8 +518,16 @@ class Bridge:
         self._stopped.result(20)
 
     def _connected(self, _: Any) -> None:
-        if not self._up.done():  # a reconnect
-            self._up.set_result(None)
+        wanted = [
+            mqtt5.Subscription(f"$aws/things/+/jobs/{request}", mqtt5.QoS.AT_LEAST_ONCE)
+            for request in ("get", "start-next", "+/get", "+/update")
+        ]
+        self._client.subscribe(mqtt5.SubscribePacket(wanted)).add_done_callback(self._subscribed)
+
+    def _subscribed(self, done: "Future[Any]") -> None:
+        if not self._up.done():  # else it is a reconnect
+            error = done.exception()
+            self._up.set_exception(error) if error is not None else self._up.set_result(None)
 
     def _on_publish(self, data: Any) -> None:
         self._inbox.put((data.publish_packet.topic, data.publish_packet.payload))
