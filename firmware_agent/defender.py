@@ -270,7 +270,7 @@ class Defender:
             uptime=self._board.uptime(),
             spool=self._spool(),
             incidents=self._incidents,
-            expires=self._link.identity.leaf.not_valid_after_utc,
+            expires=self._link.identity.validity.not_valid_after_utc,
             now=datetime.fromtimestamp(self._board.clock().unix, UTC),
         )
 

@@ -7,7 +7,7 @@ after it, and puts the request's `clientToken` into the answer
 
 import json
 import logging
-import secrets
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -96,7 +96,7 @@ class Session:
         """Publish a request and wait for its answer; see `Link.ask`."""
         end = time.monotonic() + timeout
         _wait(self._subscribed(topic), end)
-        name = secrets.token_hex(8)
+        name = os.urandom(8).hex()
         question = _Question(topic, token, Future())
         with self._lock:
             if self._over is not None:
