@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firmware_agent import arming
@@ -53,6 +53,7 @@ WISHES = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=50)  # it writes files
 @given(ARMINGS)
 def test_what_is_kept_comes_back(tmp_path_factory: pytest.TempPathFactory, one: Arming) -> None:
     path = tmp_path_factory.mktemp("arming") / "arming.json"
@@ -61,6 +62,7 @@ def test_what_is_kept_comes_back(tmp_path_factory: pytest.TempPathFactory, one: 
     assert arming.load(path) == one
 
 
+@settings(deadline=None, max_examples=50)  # it writes files
 @given(st.binary(max_size=200))
 def test_no_content_of_the_file_stops_the_unit(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("arming") / "arming.json"

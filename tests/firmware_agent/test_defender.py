@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from firmware_agent import defender
@@ -100,9 +100,13 @@ PORTS = st.lists(st.integers(0, 65535), max_size=2000).map(tuple)
 REMOTE = st.sampled_from(["10.0.0.1:8883", "[2001:db8:1234:5678:9abc:def0:1234:5678]:65535"])
 
 
-@given(
-    PORTS, PORTS, st.lists(st.tuples(st.integers(0, 65535), REMOTE), max_size=2000).map(tuple), st.integers(0, 2**63)
-)
+MANY = tuple(range(60000, 62000))
+CONNECTIONS = st.lists(st.tuples(st.integers(0, 65535), REMOTE), max_size=2000).map(tuple)
+
+
+@settings(deadline=None)
+@given(PORTS, PORTS, CONNECTIONS, st.integers(0, 2**63))
+@example(MANY, MANY, tuple((port, "[2001:db8:1234:5678:9abc:def0:1234:5678]:65535") for port in MANY), 2**63)
 def test_every_message_is_under_five_kilobytes_and_keeps_the_totals(
     tcp: Any, udp: Any, connections: Any, number: int
 ) -> None:
@@ -121,6 +125,7 @@ def test_every_message_is_under_five_kilobytes_and_keeps_the_totals(
     )
 
 
+@settings(deadline=None, max_examples=50)  # it writes files
 @given(st.lists(st.tuples(st.floats(0, 4e9), st.booleans()), max_size=50))
 def test_numbers_rise_over_restarts_and_clock_steps(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[float, bool]]
@@ -135,6 +140,7 @@ def test_numbers_rise_over_restarts_and_clock_steps(
         last = kept.number
 
 
+@settings(deadline=None, max_examples=50)  # it writes files
 @given(st.binary(max_size=80) | st.sampled_from([b'{"format":1,"number":1e999,"at":0,"false":[]}', b'{"format":1}']))
 def test_a_damaged_record_is_none(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("reports") / "reports.json"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firmware_agent import shadow, tuning
@@ -341,6 +341,7 @@ def test_any_answer_is_a_document_or_is_refused(answer: Any) -> None:
     judge(document.desired, DEFAULTS)
 
 
+@settings(deadline=None, max_examples=50)  # it writes files
 @given(st.dictionaries(st.text(min_size=1, max_size=300), JSON, max_size=60))
 def test_what_is_reported_leaves_room_whatever_is_desired(
     tmp_path_factory: pytest.TempPathFactory, desired: dict[str, Any]
