@@ -318,7 +318,7 @@ class Fleet:
         """
         document: dict[str, Any] = {"picket": FORMAT, "operation": operation, "product": PRODUCT}
         if operation is Operation.COLLECT_LOGS:
-            key = "logs/${thingName}/${jobId}-${executionNumber}"
+            key = "logs/${thingName}/${jobId}-${executionNumber}.txt.gz"
             document["upload"] = f"${{aws:iot:s3-presigned-url-upload:{self._s3_url}/{self._names['Releases']}/{key}}}"
         if tuning is not None:
             document["tuning"] = dict(tuning)

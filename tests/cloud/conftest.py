@@ -162,10 +162,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @contextmanager
-def deployed(base: Path) -> Iterator[Fleet]:
+def deployed(base: Path, state: Path | None = None) -> Iterator[Fleet]:
     """A local cloud of its own, with the stack and a signing CA in it."""
-    with launcher.running(base / "state", jitp_delay=JITP_DELAY, retry_seconds=0.2, minute_seconds=1.0) as endpoint:
-        target = local_target(base / "state")
+    state = state or base / "state"
+    with launcher.running(state, jitp_delay=JITP_DELAY, retry_seconds=0.2, minute_seconds=1.0) as endpoint:
+        target = local_target(state)
         outputs = dict(stack.deploy(target, build=base / "code").outputs)
         registry = Registry(target)
         authority = ThrowAwayAuthority("Picket test signing CA")
@@ -186,7 +187,7 @@ def deployed(base: Path) -> Iterator[Fleet]:
             outputs=outputs,
             endpoint=registry.endpoint(),
             trust=registry.trust_bundle(),
-            state=base / "state",
+            state=state,
             sqs=sqs,
             operations_queue=queue,
         )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -101,6 +102,40 @@ def test_the_device_policy_fits_into_awss_limit(fleet: Fleet) -> None:
     document = fleet.target.iot.get_policy(policyName=fleet.outputs["DevicePolicy"])["policyDocument"]
 
     assert len(document) <= 2048  # https://docs.aws.amazon.com/general/latest/gr/iot-core.html
+
+
+def test_archives_are_private_and_metadata_can_be_read_but_not_listed_or_written(expanded: dict[str, Any]) -> None:
+    buckets = _of_type(expanded, "AWS::S3::Bucket")
+    (policy,) = _of_type(expanded, "AWS::S3::BucketPolicy").values()
+    (statement,) = policy["PolicyDocument"]["Statement"]
+
+    assert all(buckets["Releases"]["PublicAccessBlockConfiguration"].values())
+    assert policy["Bucket"] == {"Ref": "Metadata"}
+    assert (statement["Principal"], statement["Action"]) == ("*", "s3:GetObject")
+    assert statement["Resource"] == {"Fn::Sub": "${Metadata.Arn}/*"}
+    assert {name: expanded["Resources"][name]["DeletionPolicy"] for name in buckets} == dict.fromkeys(buckets, "Retain")
+
+
+@pytest.mark.parametrize(
+    ("role", "action", "prefix"), [("DownloadRole", "s3:GetObject", "targets"), ("UploadRole", "s3:PutObject", "logs")]
+)
+def test_who_presigns_may_do_one_thing_in_one_place(
+    expanded: dict[str, Any], role: str, action: str, prefix: str
+) -> None:
+    properties = expanded["Resources"][role]["Properties"]
+    (policy,) = properties["Policies"]
+    (trust,) = properties["AssumeRolePolicyDocument"]["Statement"]
+
+    assert policy["PolicyDocument"]["Statement"] == [
+        {"Effect": "Allow", "Action": action, "Resource": {"Fn::Sub": f"${{Releases.Arn}}/{prefix}/*"}}
+    ]
+    assert trust["Principal"] == {"Service": "iot.amazonaws.com"}
+    assert set(trust["Condition"]) == {"StringEquals", "ArnLike"}  # no other account's job may borrow it
+
+
+def test_cloudformation_reads_the_template_without_aliases() -> None:
+    """CloudFormation takes no YAML aliases; the parser of these tests would."""
+    assert not re.search(r"[:\-] [&*][a-z]", stack.TEMPLATE.read_text())
 
 
 def test_the_table_keeps_its_data_safe(expanded: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ class Worker:
                 continue
             document = execution["jobDocument"]
             status, details = self.outcome(document)
-            if self.says_hello and status == "SUCCEEDED":
+            if self.says_hello and status == "SUCCEEDED" and "version" in document:
                 self.say_hello(document["version"])
             self.device.update(execution["jobId"], status, statusDetails={"phase": "report", **details})
             self.done.append(document.get("version", document["operation"]))
@@ -575,7 +575,7 @@ def test_a_units_logs_come_by_its_own_url_and_are_fetched_once(
     fetched = operator.logs(pool[0].serial, tmp_path)
     again = operator.logs(pool[0].serial, tmp_path)
 
-    assert (uploaded, fetched, again) == (200, [tmp_path / f"{job}-1"], fetched)
+    assert (uploaded, fetched, again) == (200, [tmp_path / f"{job}-1.txt.gz"], fetched)
     assert fetched[0].read_bytes() == b"what happened"
     assert operator.logs(pool[1].serial, tmp_path) == []
 

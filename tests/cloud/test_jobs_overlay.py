@@ -323,6 +323,20 @@ def test_a_window_keeps_to_its_days_of_the_week(weekdays: str, is_open: bool) ->
     assert may_roll_out({"maintenanceWindows": [window]}, friday) is is_open
 
 
+@pytest.mark.parametrize(
+    ("schedule", "goes_out"),
+    [
+        ({"startTime": "2026-11-20T12:00"}, True),
+        ({"startTime": "2026-11-20T12:01"}, False),
+        ({"endTime": "2026-11-20T12:00"}, False),
+        ({"startTime": "2026-11-19T00:00", "endTime": "2026-11-20T12:01"}, True),
+        (None, True),
+    ],
+)
+def test_a_job_goes_out_between_its_start_and_its_end(schedule: dict[str, str] | None, goes_out: bool) -> None:
+    assert may_roll_out(schedule, datetime(2026, 11, 20, 12, tzinfo=UTC)) is goes_out
+
+
 @pytest.mark.parametrize("text", ["", "rate(1 day)", "cron(0 2 * * *)", "cron(0 2 1 * ? *)", "cron(0 25 ? * * *)"])
 def test_what_is_no_window_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"window|no time of day"):
