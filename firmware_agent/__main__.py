@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(settings: Settings) -> None:
     """What C libraries read from the environment, set before any of them is loaded."""
-    from firmware_agent.keys.tpm_key import environment  # noqa: PLC0415 - not for the banner
+    from firmware_agent.keys.tpm import environment  # noqa: PLC0415 - not for the banner
 
     for name, value in environment(settings).items():
         os.environ.setdefault(name, value)

@@ -8,7 +8,6 @@ cut, and without the second the rename itself may be lost.
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def remove(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.new")
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:

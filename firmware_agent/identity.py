@@ -8,20 +8,18 @@ While a certificate is rotated there are two sets, each known by its name: `writ
 and `keep_only_in_force` ends it. All three can be repeated.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
-
-from firmware_agent import files
+from firmware_agent import certificate, files
+from firmware_agent.digests import digest
 from firmware_agent.errors import BadCertificate, KeyMismatch, WrongState, WrongSubject
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 _CHAIN: Final = "chain.pem"
 _TRUST: Final = "trust.pem"
@@ -58,33 +56,42 @@ class Identity:
     replaces: str = ""
 
     @property
-    def leaf(self) -> x509.Certificate:
+    def leaf(self) -> "x509.Certificate":
         """The unit's own certificate."""
+        from cryptography import x509  # noqa: PLC0415 - ten megabytes that the running agent does without
+
         return x509.load_pem_x509_certificates(self.chain.encode())[0]
 
     @property
     def certificate_sha256(self) -> str:
         """Hex digest of the leaf's DER, which is the certificate's id in AWS IoT."""
-        return hashlib.sha256(self.leaf.public_bytes(Encoding.DER)).hexdigest()
+        return certificate.sha256(self.chain)
+
+    @property
+    def validity(self) -> certificate.Validity:
+        """When the leaf is good."""
+        return certificate.validity(self.chain)
 
     @property
     def trust_sha256(self) -> str:
         """Hex digest of the trust bundle's text."""
-        return hashlib.sha256(self.trust.encode()).hexdigest()
+        return digest(self.trust.encode())
 
 
-def _certificates(pem: str, what: str) -> list[x509.Certificate]:
+def _certificates(pem: str, what: str) -> "list[x509.Certificate]":
+    from cryptography import x509  # noqa: PLC0415 - ten megabytes that the running agent does without
+
     try:
         return x509.load_pem_x509_certificates(pem.encode())
     except ValueError as error:
         raise BadCertificate(f"the {what} is no PEM with certificates: {error}") from error
 
 
-def _subject(leaf: x509.Certificate, oid: x509.ObjectIdentifier) -> list[str]:
+def _subject(leaf: "x509.Certificate", oid: "x509.ObjectIdentifier") -> list[str]:
     return [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(oid)]
 
 
-def check(identity: Identity, key: ec.EllipticCurvePublicKey, board: str) -> None:
+def check(identity: Identity, key: "ec.EllipticCurvePublicKey", board: str) -> None:
     """Refuse certificates that are not this unit's.
 
     The validity dates are left to the TLS handshake: a unit fresh from the flasher may not know the time.
@@ -97,6 +104,8 @@ def check(identity: Identity, key: ec.EllipticCurvePublicKey, board: str) -> Non
         KeyMismatch: the leaf is for another key than `key`.
         WrongSubject: the leaf names another serial, or another board than `board`.
     """
+    from cryptography.x509.oid import NameOID  # noqa: PLC0415 - ten megabytes that the running agent does without
+
     chain = _certificates(identity.chain, "chain")
     _certificates(identity.trust, "trust bundle")
     leaf = chain[0]
@@ -111,7 +120,9 @@ def check(identity: Identity, key: ec.EllipticCurvePublicKey, board: str) -> Non
         raise WrongSubject(f"the certificate is for the board {boards}, not {board}")
 
 
-def _check_issuer(chain: list[x509.Certificate]) -> None:
+def _check_issuer(chain: "list[x509.Certificate]") -> None:
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - ten megabytes that the running agent does without
+
     if len(chain) < 2:
         raise BadCertificate("the chain has one certificate; the leaf and its signing CA are needed")
     try:
@@ -141,7 +152,7 @@ def write(link: Path, identity: Identity) -> str:
         _TRUST: identity.trust.encode(),
         _ENDPOINT: json.dumps(endpoint).encode(),
     }
-    name = hashlib.sha256(b"\0".join(contents[name] for name in sorted(contents))).hexdigest()[:16]
+    name = digest(b"\0".join(contents[name] for name in sorted(contents)))[:16]
     sets = _sets(link)
     if not sets.is_dir():
         files.make_directory(sets, 0o700)

@@ -231,7 +231,7 @@ def attempt(
     def ended(outcome: Outcome, detail: str) -> Attempt:
         return Attempt(outcome, round(time.monotonic() - start, 3), detail)
 
-    wrong = timekeeping.certainly_wrong(now, timekeeping.bounds(identity.leaf))
+    wrong = timekeeping.certainly_wrong(now, timekeeping.bounds(identity.validity))
     if wrong is not None:
         return ended("tls", wrong)
     changes: queue.SimpleQueue[Change] = queue.SimpleQueue()

@@ -24,12 +24,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any, Final
 
-from firmware_agent import __version__, identity, keys, messages, status, tuning
+from firmware_agent import __version__, identity, keys, messages, status, tuning, vetting
 from firmware_agent.arming import ArmingStore
 from firmware_agent.assembly import Means, runner
 from firmware_agent.board import Board, ClockReading
 from firmware_agent.defender import Defender
-from firmware_agent.errors import WrongState
+from firmware_agent.errors import PirFault
 from firmware_agent.identity import Identity
 from firmware_agent.jobs.runner import Runner
 from firmware_agent.keeper import Keeper
@@ -116,7 +116,7 @@ class Product:
         self.exit_code = 0
 
     def start(self) -> None:
-        """Open key, certificates, spool and PIR, then watch and connect. Returns when an alarm would be kept.
+        """Watch at once; connect when key and certificates have been looked at. Returns when both go on.
 
         A unit whose key store is gone does not start: an alarm that cannot prove who it comes from is none.
 
@@ -127,26 +127,19 @@ class Product:
             PirFault: the PIR's line cannot be opened.
         """
         try:
-            store, found, key = self._credentials()
-            spool, arming, pir = self._watch()
-            self._connect(store, found, key, spool, arming, pir)
+            with vetting.begun(self._settings, self._board.facts().serial) as verdict:
+                try:
+                    spool, arming, pir = self._watch()
+                except PirFault:
+                    verdict()  # a key that is gone is worse than a sensor that is: it halts the unit
+                    raise
+                verdict()
+            self._connect(spool, arming, pir)
         except BaseException:
             self._end()
             self._join()
             raise
         self._notify.ready()
-
-    def _credentials(self) -> tuple[keys.KeyStore, Identity, keys.DeviceKey]:
-        store = keys.open_store(self._settings)
-        self._open.callback(store.close)
-        try:
-            found = identity.load(self._settings.paths.identity)
-        except WrongState:
-            store.load()  # without a key, or a usable store, that is what is wrong
-            raise
-        key = store.load(found.slot)
-        identity.check(found, key.public_key(), self._board.facts().serial)
-        return store, found, key
 
     def _watch(self) -> tuple[Spool, ArmingStore, Pir]:
         """From here on no edge is lost."""
@@ -164,15 +157,11 @@ class Product:
         self._spawn("keeper", lambda: keeper.run(self._stop, lambda: self._beat("keeper")))
         return spool, arming, pir
 
-    def _connect(
-        self,
-        store: keys.KeyStore,
-        found: Identity,
-        key: keys.DeviceKey,
-        spool: Spool,
-        arming: ArmingStore,
-        pir: Pir,
-    ) -> None:
+    def _connect(self, spool: Spool, arming: ArmingStore, pir: Pir) -> None:
+        store = keys.open_store(self._settings)
+        self._open.callback(store.close)
+        found = identity.load(self._settings.paths.identity)
+        key = store.vetted(found.slot)
         link = Link(
             self._settings,
             self._board,
@@ -410,7 +399,7 @@ class Product:
             **status.releases(self._settings),
             "serial": found.serial,
             "endpoint": f"{found.host}:{found.port}",
-            "certificate": {"not_after": self._link.identity.leaf.not_valid_after_utc.timestamp()},
+            "certificate": {"not_after": self._link.identity.validity.not_valid_after_utc.timestamp()},
             "armed": {"armed": now.armed, "by": now.by},
             "sensor": {
                 "high": sensor.high,

@@ -18,12 +18,11 @@ The cloud ends the old certificate only on a commit that came over the new one, 
 `cloud/handlers/rotate_certificate.py`). The private keys stay where they were made.
 """
 
-import hashlib
 import itertools
 import json
 import logging
+import os
 import queue
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,20 +30,18 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from firmware_agent import identity, topics
+from firmware_agent.digests import digest
 from firmware_agent.errors import AgentFault, WrongState
 from firmware_agent.identity import Identity
 from firmware_agent.jobs.kind import Context, Done, Failed, Key, Next, Orphan, Phase, Result
 from firmware_agent.keys import DeviceKey, KeyStore
 from firmware_agent.mqtt import NotDeliveredError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +129,7 @@ class Exchange:
             NotDeliveredError: no link, or no answer in time. The cloud may have done it: ask again.
             RefusedError: the cloud said no.
         """
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         body = {"operation": operation, "rotation": rotation, "clientToken": token} | ({"csr": csr} if csr else {})
         sent = self._link.publish(topics.data_topic(self._link.serial, "rotate"), json.dumps(body).encode())
         try:
@@ -202,15 +199,7 @@ class Rotation:
         slot = slot_of(context.key)
         self._store.remove(slot)  # half a key, if this phase was interrupted
         key = self._store.ensure(slot)
-        subject = x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Picket"),
-                x509.NameAttribute(NameOID.COMMON_NAME, self._link.serial),
-                x509.NameAttribute(NameOID.SERIAL_NUMBER, self._board),
-            ],
-        )
-        builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
-        csr = builder.sign(key.private_key(), hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+        csr = _request(key, self._link.serial, self._board)
         # Kept, because a CSR that is signed again is another one, and the cloud knows the question by it.
         return Next({"slot": slot, "csr": csr})
 
@@ -368,6 +357,24 @@ class Rotation:
         return self._exchange.ask(operation, rotation, context.wait, csr)
 
 
+def _request(key: DeviceKey, serial: str, board: str) -> str:
+    """A CSR, as PEM, named as the factory's."""
+    from cryptography import x509  # noqa: PLC0415 - ten megabytes that the running agent does without
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415
+    from cryptography.x509.oid import NameOID  # noqa: PLC0415
+
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Picket"),
+            x509.NameAttribute(NameOID.COMMON_NAME, serial),
+            x509.NameAttribute(NameOID.SERIAL_NUMBER, board),
+        ],
+    )
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    return builder.sign(key.private_key(), hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+
+
 class KeyInForce:
     """Whatever key is in force when it is used: a rotation changes it while the agent runs.
 
@@ -383,7 +390,7 @@ class KeyInForce:
     def _key(self) -> DeviceKey:
         return self._store.load(identity.load(self._identities).slot)
 
-    def public_key(self) -> ec.EllipticCurvePublicKey:
+    def public_key(self) -> "ec.EllipticCurvePublicKey":
         """Its public half."""
         return self._key().public_key()
 
@@ -394,4 +401,4 @@ class KeyInForce:
 
 def slot_of(key: Key) -> str:
     """The slot of the key that an execution makes: the same one after a crash, and another for each execution."""
-    return hashlib.sha256(str(key).encode()).hexdigest()[:12]
+    return digest(str(key).encode())[:12]

@@ -8,7 +8,6 @@ differs from what is reported, `accepted` also when a wish was taken back.
 https://docs.aws.amazon.com/iot/latest/developerguide/device-shadow-mqtt.html
 """
 
-import hashlib
 import json
 import logging
 import queue
@@ -21,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from firmware_agent import backoff, files, messages, topics, tuning
 from firmware_agent.arming import Arming, ArmingStore, Wanted
+from firmware_agent.digests import digest
 from firmware_agent.link import Link
 from firmware_agent.mqtt import NotDeliveredError
 from firmware_agent.session import Answer, Refused
@@ -211,9 +211,7 @@ class SettingsTwin:
     def take(self, document: Document) -> None:
         """Put in force what is good of the wishes."""
         wanted, rejected = judge(document.desired, self._defaults)
-        wish = hashlib.sha256(
-            json.dumps([document.desired, dict(document.desired_at)], sort_keys=True).encode()
-        ).hexdigest()
+        wish = digest(json.dumps([document.desired, dict(document.desired_at)], sort_keys=True).encode())
         if wish != self._taken and (document.desired or self._taken is not None):
             try:
                 if wanted != self._current():

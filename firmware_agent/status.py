@@ -147,7 +147,7 @@ def _identity(link: Path) -> dict[str, Any]:
     return {
         "serial": found.serial,
         "endpoint": f"{found.host}:{found.port}",
-        "certificate": {"not_after": found.leaf.not_valid_after_utc.timestamp()},
+        "certificate": {"not_after": found.validity.not_valid_after_utc.timestamp()},
     }
 
 

@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
-
-from cryptography import x509
+from typing import Any, Final, Protocol
 
 from firmware_agent import files
 from firmware_agent.settings import Paths
@@ -51,7 +49,21 @@ class Floor:
     what: str
 
 
-def bounds(leaf: x509.Certificate, others: Iterable[Floor] = ()) -> Bounds:
+class Dated(Protocol):
+    """A certificate, as far as its dates go (`cryptography.x509.Certificate`, `certificate.Validity`)."""
+
+    @property
+    def not_valid_before_utc(self) -> datetime:
+        """Its first moment."""
+        ...
+
+    @property
+    def not_valid_after_utc(self) -> datetime:
+        """Its last."""
+        ...
+
+
+def bounds(leaf: Dated, others: Iterable[Floor] = ()) -> Bounds:
     """The bounds by the unit's certificate, with the floor raised to the latest of `others`."""
     first = Floor(leaf.not_valid_before_utc.timestamp(), "its certificate's first day")
     floor = max((first, *others), key=lambda floor: floor.unix)
@@ -92,7 +104,7 @@ class Timekeeper:
     def __init__(
         self,
         paths: Paths,
-        leaf: Callable[[], x509.Certificate],
+        leaf: Callable[[], Dated],
         *,
         monotonic: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
     ) -> None:

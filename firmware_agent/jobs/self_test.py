@@ -11,16 +11,15 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final, Protocol
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from typing import TYPE_CHECKING, Final, Protocol
 
 from firmware_agent.board import Board
 from firmware_agent.errors import AgentFault
 from firmware_agent.jobs.kind import Context, Done, Failed, Phase, Result
 from firmware_agent.jobs.single import Single
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 #: Below this an alarm system has no room to work: 8 MiB for the spool, 24 MiB for everything else.
 LEAST_DISK_BYTES: Final = 32 << 20
@@ -42,7 +41,7 @@ class Unwell(AgentFault):
 class Signer(Protocol):
     """The part of a device key that is tried."""
 
-    def public_key(self) -> ec.EllipticCurvePublicKey:
+    def public_key(self) -> "ec.EllipticCurvePublicKey":
         """Its other half."""
         ...
 
@@ -58,6 +57,10 @@ def check_pir(level: Callable[[], int]) -> str:
 
 def check_key(key: Signer) -> str:
     """Sign something new, and verify it."""
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - ten megabytes that the running agent does without
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+
     nonce = os.urandom(32)
     try:
         key.public_key().verify(key.sign(nonce), nonce, ec.ECDSA(hashes.SHA256()))

@@ -10,16 +10,15 @@ set carries (`identity.Identity.slot`). The key of the factory is in the slot ""
 """
 
 import re
-from typing import Any, Final, Literal, Protocol
-
-from cryptography.hazmat.primitives.asymmetric import ec
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from firmware_agent import files
 from firmware_agent.errors import KeyFault, NoTpm
 from firmware_agent.keys import tpm
-from firmware_agent.keys.file_key import FileKeys
-from firmware_agent.keys.tpm_key import TpmKeys
 from firmware_agent.settings import Settings
+
+if TYPE_CHECKING:  # ten megabytes that the running agent does without, as far as it can
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 Grade = Literal["file", "tpm"]
 
@@ -35,11 +34,11 @@ def valid_slot(name: str) -> bool:
 class DeviceKey(Protocol):
     """The unit's P-256 key. It signs where it lives; the private half is never handed out."""
 
-    def public_key(self) -> ec.EllipticCurvePublicKey:
+    def public_key(self) -> "ec.EllipticCurvePublicKey":
         """The public half."""
         ...
 
-    def private_key(self) -> ec.EllipticCurvePrivateKey:
+    def private_key(self) -> "ec.EllipticCurvePrivateKey":
         """A handle with which `cryptography`'s builders can sign; for a TPM key it holds no secret."""
         ...
 
@@ -71,6 +70,14 @@ class KeyStore(Protocol):
             WrongState: there is none yet.
             NoTpm: the place is a TPM and none is usable.
             KeyFault: what is there cannot be used.
+        """
+        ...
+
+    def vetted(self, slot: str = "") -> DeviceKey:
+        """As `load`, of a key that was just looked at (`firmware_agent.vetting`): not once more, if that can be saved.
+
+        Raises:
+            WrongState, NoTpm, KeyFault: as `load`.
         """
         ...
 
@@ -128,5 +135,9 @@ def _probe(tcti: str) -> Grade:
 def open_store(settings: Settings) -> KeyStore:
     """The key store of this unit's grade."""
     if grade(settings) == "tpm":
+        from firmware_agent.keys.tpm_key import TpmKeys  # noqa: PLC0415 - each unit needs one of the two
+
         return TpmKeys(settings.tpm, pin=settings.paths.tpm_pin, store=settings.paths.tpm_store)
+    from firmware_agent.keys.file_key import FileKeys  # noqa: PLC0415
+
     return FileKeys(settings.paths.key_file)

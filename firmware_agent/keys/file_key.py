@@ -1,44 +1,53 @@
 """The device key in a file: mode 0600, complete and durable before anything refers to it."""
 
 from pathlib import Path
-from typing import Any
-
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from typing import TYPE_CHECKING, Any
 
 from firmware_agent import files
 from firmware_agent.errors import KeyFault, WrongState
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
 
 class FileKey:
-    """A P-256 key held in memory."""
+    """A P-256 key held in memory, as the file has it: a connection needs no more than its text.
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
-        self._key = key
+    Args:
+        pem: the file's content.
+        path: where it came from, for messages.
 
-    def public_key(self) -> ec.EllipticCurvePublicKey:
+    Raises:
+        KeyFault: by each method but `tls`, which leaves it to the SDK: it is no P-256 key.
+    """
+
+    def __init__(self, pem: bytes, path: Path) -> None:
+        self._pem = pem
+        self._path = path
+        self._parsed: ec.EllipticCurvePrivateKey | None = None
+
+    def public_key(self) -> "ec.EllipticCurvePublicKey":
         """The public half."""
-        return self._key.public_key()
+        return self.private_key().public_key()
 
-    def private_key(self) -> ec.EllipticCurvePrivateKey:
+    def private_key(self) -> "ec.EllipticCurvePrivateKey":
         """The key itself, for builders."""
-        return self._key
+        if self._parsed is None:
+            self._parsed = _parse(self._pem, self._path)
+        return self._parsed
 
     def sign(self, data: bytes) -> bytes:
         """ECDSA with SHA-256 over `data`, as DER."""
-        return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+        from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - ten megabytes that the running agent does without
+        from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+
+        return self.private_key().sign(data, ec.ECDSA(hashes.SHA256()))
 
     def tls(self, chain: str) -> Any:
         """TLS client options with this key and `chain`."""
         from awscrt.io import TlsContextOptions  # noqa: PLC0415 - 12 MB of native code, only when a connection is made
 
-        return TlsContextOptions.create_client_with_mtls(chain.encode(), _pem(self._key))
+        return TlsContextOptions.create_client_with_mtls(chain.encode(), self._pem)
 
 
 class FileKeys:
@@ -52,23 +61,23 @@ class FileKeys:
         try:
             return self.load(slot)
         except WrongState:
-            files.write_atomic(self._file(slot), _pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
+            files.write_atomic(self._file(slot), _generate(), 0o600)
             return self.load(slot)
 
     def load(self, slot: str = "") -> FileKey:
-        """The key that was made before."""
+        """The key that was made before, looked at."""
+        key = self.vetted(slot)
+        key.private_key()
+        return key
+
+    def vetted(self, slot: str = "") -> FileKey:
+        """The key that was made before, and that somebody else has just looked at."""
         path = self._file(slot)
         try:
             pem = path.read_bytes()
         except FileNotFoundError as error:
             raise WrongState("this unit has no key yet; run enrol first") from error
-        try:
-            key = load_pem_private_key(pem, None)
-        except (ValueError, TypeError) as error:
-            raise KeyFault(f"{path} holds no key: {error}; this unit must be flashed again") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise KeyFault(f"{path} holds no P-256 key; this unit must be flashed again")
-        return FileKey(key)
+        return FileKey(pem, path)
 
     def remove(self, slot: str) -> None:
         """Unlink the key's file, and what a crash may have left of its making."""
@@ -94,6 +103,23 @@ class FileKeys:
         return self._path.with_name(f"{self._path.stem}-{slot}{self._path.suffix}") if slot else self._path
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _parse(pem: bytes, path: Path) -> "ec.EllipticCurvePrivateKey":
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - ten megabytes that the running agent does without
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key  # noqa: PLC0415
+
+    try:
+        key = load_pem_private_key(pem, None)
+    except (ValueError, TypeError) as error:
+        raise KeyFault(f"{path} holds no key: {error}; this unit must be flashed again") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise KeyFault(f"{path} holds no P-256 key; this unit must be flashed again")
+    return key
+
+
+def _generate() -> bytes:
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - ten megabytes that the running agent does without
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat  # noqa: PLC0415
+
+    key = ec.generate_private_key(ec.SECP256R1())
     # SEC 1 ("EC PRIVATE KEY"): what aws-c-cal reads for sure; PKCS#8 EC is newer there.
     return key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())

@@ -4,11 +4,14 @@ The device key itself is used through PKCS#11 (`tpm_key`). Here are only the few
 exists, as bytes of the "TPM 2.0 Library, Part 3: Commands", so that looking for a TPM needs no C library at all.
 """
 
-import hashlib
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from typing import Final, Protocol
+
+from firmware_agent.digests import digest
+from firmware_agent.settings import Settings
 
 _HEADER: Final = struct.Struct(">HII")  # tag, size of the whole message, command or response code
 _NO_SESSIONS: Final = 0x8001
@@ -201,7 +204,7 @@ def ek_sha256(tcti: str) -> str:
         response = _command(channel, _SESSIONS, _CREATE_PRIMARY, body)
         (handle,) = struct.unpack_from(">I", response)
         try:
-            return hashlib.sha256(_P256_INFO + _point(response[8:])).hexdigest()  # behind handle and parameter size
+            return digest(_P256_INFO + _point(response[8:]))  # behind handle and parameter size
         finally:
             _command(channel, _NO_SESSIONS, _FLUSH_CONTEXT, struct.pack(">I", handle))
     finally:
@@ -221,3 +224,13 @@ def _point(public: bytes) -> bytes:
     except struct.error as error:
         raise TpmError("the TPM's endorsement key is cut short") from error
     return x.rjust(32, b"\0") + y.rjust(32, b"\0")
+
+
+def environment(settings: Settings) -> Mapping[str, str]:
+    """What libtpm2_pkcs11 must find in the environment when it is loaded."""
+    return {
+        "TPM2_PKCS11_STORE": str(settings.paths.tpm_store),
+        "TPM2_PKCS11_TCTI": settings.tpm.tcti,
+        "TPM2_PKCS11_BACKEND": "esysdb",  # the store above; not FAPI's system-wide one, where that is compiled in
+        "TPM2_PKCS11_LOG_LEVEL": "0",  # errors only: a store that is new is nothing to warn about
+    }

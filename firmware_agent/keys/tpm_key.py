@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -26,20 +26,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from firmware_agent import files
 from firmware_agent.errors import KeyFault, NoTpm, WrongState
 from firmware_agent.keys import tpm
+from firmware_agent.keys.tpm import environment
 from firmware_agent.settings import Settings, Tpm
 
 _FIELD_BYTES: Final = 32  # of P-256
 _OK: Final = 0  # CKR_OK
-
-
-def environment(settings: Settings) -> Mapping[str, str]:
-    """What libtpm2_pkcs11 must find in the environment when it is loaded."""
-    return {
-        "TPM2_PKCS11_STORE": str(settings.paths.tpm_store),
-        "TPM2_PKCS11_TCTI": settings.tpm.tcti,
-        "TPM2_PKCS11_BACKEND": "esysdb",  # the store above; not FAPI's system-wide one, where that is compiled in
-        "TPM2_PKCS11_LOG_LEVEL": "0",  # errors only: a store that is new is nothing to warn about
-    }
 
 
 def use(settings: Settings) -> None:
@@ -175,6 +166,10 @@ class TpmKeys:
     def load(self, slot: str = "") -> TpmKey:
         """The key that was made before."""
         return self._open(slot, create=False)
+
+    def vetted(self, slot: str = "") -> TpmKey:
+        """The same: whoever opens the token looks."""
+        return self.load(slot)
 
     def remove(self, slot: str) -> None:
         """Destroy the objects labelled so: both halves, or the one that a crash has left."""

@@ -14,7 +14,6 @@ version of Python. Any tar program reads them.
 A compressed archive (`.tar.zst`) is one zstd frame; its window is small enough for a unit (`WINDOW_BYTES`).
 """
 
-import hashlib
 import io
 import json
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from firmware_agent import files
+from firmware_agent.digests import sha256
 from firmware_agent.update import BadArchive
 
 MANIFEST: Final = "manifest.json"
@@ -264,12 +264,12 @@ def write_tree(tree: Path, output: IO[bytes]) -> Digest:
     Raises:
         BadArchive: the tree cannot be an archive.
     """
-    sha256, size = hashlib.sha256(), 0
+    hashed, size = sha256(), 0
     for piece in pieces(tree):
         output.write(piece)
-        sha256.update(piece)
+        hashed.update(piece)
         size += len(piece)
-    return Digest(sha256.hexdigest(), size)
+    return Digest(hashed.hexdigest(), size)
 
 
 def digest(tree: Path) -> Digest:
@@ -279,11 +279,11 @@ def digest(tree: Path) -> Digest:
         BadArchive: the tree cannot be an archive.
         OSError: it cannot be read.
     """
-    sha256, size = hashlib.sha256(), 0
+    hashed, size = sha256(), 0
     for piece in pieces(tree):
-        sha256.update(piece)
+        hashed.update(piece)
         size += len(piece)
-    return Digest(sha256.hexdigest(), size)
+    return Digest(hashed.hexdigest(), size)
 
 
 def compress(tar: IO[bytes], output: IO[bytes], size: int) -> None:
@@ -307,7 +307,7 @@ def chunk_digests(payload: IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> list[st
     """The sha256 (hex) of each chunk of a payload; the last may be shorter."""
     found = []
     while chunk := payload.read(chunk_bytes):
-        found.append(hashlib.sha256(chunk).hexdigest())
+        found.append(sha256(chunk).hexdigest())
     return found
 
 
@@ -353,7 +353,7 @@ class _Counted:
 
     def __init__(self, source: IO[bytes], limit: int) -> None:
         self._source = source
-        self._sha256 = hashlib.sha256()
+        self._sha256 = sha256()
         self._left = limit
         self.size = 0
 

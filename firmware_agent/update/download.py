@@ -12,27 +12,29 @@ connection that gives nothing or next to nothing. A presigned URL is a secret: n
 RFC 9110: 13.1.5 If-Range, 14.2 Range, 14.4 Content-Range, 15.3.7 Partial Content. S3 honours all of them.
 """
 
-import hashlib
-import http.client
 import json
 import logging
 import os
 import re
-import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from firmware_agent import backoff, files
+from firmware_agent.digests import sha256
 from firmware_agent.update import BadPayload, Cancelled, DownloadFault, UrlExpired, disk_fault
 
 if TYPE_CHECKING:
+    import hashlib
+    import ssl
+
     import urllib3
 
 _READ: Final = 64 << 10
@@ -64,7 +66,7 @@ class Payload:
     def key(self) -> str:
         """Tells this payload from any other."""
         words = "\n".join([str(self.size), str(self.chunk_bytes), *self.chunks])
-        return hashlib.sha256(words.encode()).hexdigest()
+        return sha256(words.encode()).hexdigest()
 
     def start(self, chunk: int) -> int:
         """Where a chunk begins; of the chunk behind the last, where the payload ends."""
@@ -121,7 +123,7 @@ class Part:
         self.path = directory / f"{payload.key[:16]}.part"
         self._sidecar = directory / f"{payload.key[:16]}.json"
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._sha256 = hashlib.sha256()
+        self._sha256 = sha256()
         self.verified = 0
         self.position = 0
         self.etag: str | None = None
@@ -162,7 +164,7 @@ class Part:
     def drop_tail(self) -> None:
         """Forget the bytes behind the last verified chunk."""
         self.position = self.payload.start(self.verified)
-        self._sha256 = hashlib.sha256()
+        self._sha256 = sha256()
         os.ftruncate(self._handle, self.position)
 
     def check_all(self) -> None:
@@ -185,7 +187,7 @@ class Part:
             raise _BadChunk(chunk)
         os.fsync(self._handle)
         self.verified += 1
-        self._sha256 = hashlib.sha256()
+        self._sha256 = sha256()
         self._save()
 
     def _save(self) -> None:
@@ -227,11 +229,11 @@ class Part:
         return self._hash(start, end).hexdigest() == self.payload.chunks[chunk]
 
     def _hash(self, start: int, end: int) -> "hashlib._Hash":
-        sha256 = hashlib.sha256()
+        hashed = sha256()
         while start < end and (piece := os.pread(self._handle, min(_READ, end - start), start)):
-            sha256.update(piece)
+            hashed.update(piece)
             start += len(piece)
-        return sha256
+        return hashed
 
 
 # --- the network --------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def download(
     progress: Callable[[int, int], None] = lambda _have, _size: None,
     cancelled: Callable[[], bool] = lambda: False,
     limits: Limits | None = None,
-    context: ssl.SSLContext | None = None,
+    context: "ssl.SSLContext | None" = None,
     delay: Callable[[int], float] = backoff.delay,
 ) -> Path:
     """Fetch `payload`, going on where an earlier call (or process) stopped.
@@ -334,7 +336,7 @@ def _stop_if(cancelled: Callable[[], bool]) -> None:
 class _Source:
     """Where the payload comes from."""
 
-    def __init__(self, url: str, limits: Limits, context: ssl.SSLContext | None) -> None:
+    def __init__(self, url: str, limits: Limits, context: "ssl.SSLContext | None") -> None:
         import urllib3  # noqa: PLC0415 - only while an update runs
 
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs URLs, and these are secrets
@@ -365,6 +367,8 @@ class _Source:
             UrlExpired, DownloadFault: there is no use in trying this URL again.
             Cancelled: the caller stopped it.
         """
+        import http.client  # noqa: PLC0415 - two megabytes of TLS, only while an update runs
+
         import urllib3  # noqa: PLC0415
 
         _stop_if(cancelled)
@@ -413,18 +417,18 @@ class _Source:
         status, headers, size = response.status, response.headers, part.payload.size
         if status in _EXPIRED:
             raise UrlExpired(f"{part.payload.name}: {self.host} answers {status}")
-        if status == http.HTTPStatus.NOT_FOUND:
+        if status == HTTPStatus.NOT_FOUND:
             raise DownloadFault(f"{part.payload.name}: {self.host} does not have it")
-        if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             part.etag = None
             part.drop_tail()
             raise _Broken("the server has less than was signed")
-        if status not in {http.HTTPStatus.OK, http.HTTPStatus.PARTIAL_CONTENT}:
+        if status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
             raise _Broken(f"the server answers {status}")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise _Broken("the server sends it encoded")
         part.etag = strong_etag(headers.get("ETag"))
-        if status == http.HTTPStatus.OK:
+        if status == HTTPStatus.OK:
             part.drop_tail()
             if headers.get("Content-Length", str(size)) != str(size):
                 raise _Broken("the server has another size than was signed")

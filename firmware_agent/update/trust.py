@@ -9,7 +9,6 @@ file lies apart from that directory and holds the newest versions seen and the s
 is a floor of its own.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from firmware_agent import files
+from firmware_agent.digests import digest
 from firmware_agent.settings import Settings
 from firmware_agent.update.floor import Mark, read_floor, write_floor
 from firmware_agent.update.target import (
@@ -254,7 +254,7 @@ class Trust:
 
 def _keys(role: "Role") -> str:
     """What tells one set of a role's keys from another."""
-    return hashlib.sha256(f"{role.threshold} {sorted(role.keyids)}".encode()).hexdigest()[:16]
+    return digest(f"{role.threshold} {sorted(role.keyids)}".encode())[:16]
 
 
 def _sync_tree(top: Path) -> None:
