@@ -105,7 +105,7 @@ class Figure:
             unit=measurement.unit,
             peer=measurement.peer,
             peer_value=round(reading.peer_value, 4),
-            ratio=round(reading.value / reading.peer_value, 2),
+            ratio=round(reading.value / reading.peer_value, 4),
             target=round(target, 4),
             met=(reading.value if reading.judged is None else reading.judged) <= target,
             note=reading.note,

@@ -1,6 +1,6 @@
 """The one table of what is measured. The targets are for two cores."""
 
-from bench import agent, boards, building, flashing, units
+from bench import agent, boards, building, flashing, shipping, units
 from bench.figures import Measurement, Target
 
 MEASUREMENTS = (
@@ -99,6 +99,23 @@ MEASUREMENTS = (
         target=Target(2000.0),
         run=agent.idle_bytes,
         unit="kB",
+        slow=True,
+    ),
+    Measurement(
+        name="update-bytes",
+        what="bytes on the wire of an update of the agent alone",
+        peer="the full archive, by zstd",
+        target=Target(6.0),
+        run=shipping.application,
+        unit="kB",
+    ),
+    Measurement(
+        name="update-bytes-dependencies",
+        what="delta of a new version of AWS's SDK, of the full archive",
+        peer="zstd --patch-from",
+        target=Target(12.0),
+        run=shipping.dependencies,
+        unit="%",
         slow=True,
     ),
 )
