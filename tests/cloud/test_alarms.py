@@ -1,207 +1,217 @@
-"""From a motion to a text message, once."""
+"""The agent's alarms, against mosquitto and against the local cloud: the same promises, whoever is at the other end.
 
-import json
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+On mosquitto an observer sees what was published; in the local cloud the alarm's own rule and function have to have
+recorded it.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 
-from cloud.handlers import table
-from cloud.local import launcher
-from tests.cloud.conftest import Fleet, Unit, alarm, eventually
+from firmware_agent import identity
+from firmware_agent.identity import Identity
+from firmware_agent.product import Product
+from firmware_agent.spool import Spool
+from tests.cloud.conftest import Fleet
+from tests.firmware_agent.conftest import broker as _broker
+from tests.firmware_agent.conftest import ca as _ca
+from tests.firmware_agent.faults import FaultProxy
+from tests.firmware_agent.support import BOARD, Broker, Unit, free_port, provision, wait_for
 
-BERLIN, LOS_ANGELES = "Europe/Berlin", "America/Los_Angeles"
-
-
-@pytest.fixture(scope="module")
-def unit(fleet: Fleet) -> Unit:
-    return fleet.unit()
-
-
-def _phone(fleet: Fleet, unit: Unit, zone: str = BERLIN) -> str:
-    """A phone of its own for each test: the outbox is the whole session's."""
-    _phone.count += 1  # type: ignore[attr-defined]
-    number = f"+491701{_phone.count:06d}"  # type: ignore[attr-defined]
-    fleet.registry.owner(unit.serial, number, zone)
-    return number
+broker, ca = _broker, _ca  # fixtures of the agent's tests
 
 
-_phone.count = 0  # type: ignore[attr-defined]
+class Side(Protocol):
+    """The other end."""
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        ...
+
+    def provision(self, unit: Unit, port: int) -> None:
+        """Give the unit an identity for this end, which it reaches at `port`."""
+        ...
+
+    def alarms(self) -> list[dict[str, Any]]:
+        """What has come, each id once, in the order of its first coming or of its moment."""
+        ...
 
 
-def _invoke(fleet: Fleet, event: dict[str, Any]) -> dict[str, Any]:
-    """Call the function as Lambda does, and wait for its answer."""
-    client = fleet.target.functions
-    answer = client.invoke(FunctionName=fleet.outputs["ProcessAlarm"], Payload=json.dumps(event).encode())
-    body: dict[str, Any] = json.load(answer["Payload"])
-    client.close()
-    return body
+@dataclass
+class Mosquitto:
+    """An independent broker; it knows nothing of alarms."""
+
+    broker: Broker
+    _seen: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def port(self) -> int:
+        return self.broker.port
+
+    def provision(self, unit: Unit, port: int) -> None:
+        self.broker.start()
+        provision(unit, self.broker.ca, port)
+
+    def alarms(self) -> list[dict[str, Any]]:
+        while not self.broker.seen.empty():
+            seen = self.broker.seen.get()
+            if seen.topic.endswith("/alarm"):
+                self._seen.setdefault(seen.payload["event_id"], seen.payload)
+        return list(self._seen.values())
 
 
-def _sms_row(fleet: Fleet, unit: Unit, event_id: str) -> dict[str, Any] | None:
-    rows = fleet.rows(unit.serial, f"SMS#{event_id}")
-    return rows[0] if rows and "outcome" in rows[0] else None
+@dataclass
+class LocalCloud:
+    """The local cloud with the real stack in it."""
+
+    fleet: Fleet
+    _serial: str = ""
+
+    @property
+    def port(self) -> int:
+        return self.fleet.endpoint.port
+
+    def provision(self, unit: Unit, port: int) -> None:
+        joined = self.fleet.unit(board=BOARD)
+        self._serial = joined.serial
+        for directory in (unit.settings.paths.state, unit.settings.paths.run):
+            directory.mkdir(parents=True)
+        unit.settings.paths.key_file.write_text(joined.leaf.key)
+        found = Identity(joined.serial, joined.leaf.chain, self.fleet.trust, self.fleet.endpoint.host, port, "WO-1")
+        identity.install(unit.settings.paths.identity, found)
+
+    def alarms(self) -> list[dict[str, Any]]:
+        rows = self.fleet.rows(self._serial, "EVENT#")
+        return [{**row, "sequence": int(row["sequence"])} for row in rows]
 
 
-@pytest.mark.parametrize(("zone", "local"), [(BERLIN, "2026-11-21 06:53:35"), (LOS_ANGELES, "2026-11-20 21:53:35")])
-def test_an_alarm_texts_the_owner_in_the_owners_time_zone(fleet: Fleet, unit: Unit, zone: str, local: str) -> None:
-    phone = _phone(fleet, unit, zone)
+@dataclass
+class Scene:
+    """A unit, the other end, and the network between them, which can be cut."""
 
-    fleet.publish(unit, "alarm", alarm(at="2026-11-21T05:53:35.123Z"))
-    texts = eventually(lambda: fleet.texts(phone))
+    unit: Unit
+    side: Side
+    proxy: FaultProxy
 
-    assert [text.text for text in texts] == [f"Your security system just detected motion at: {local}"]
+    def cut(self) -> None:
+        self.proxy.target = free_port()
+        self.proxy.reset()
 
+    def mend(self) -> None:
+        self.proxy.target = self.side.port
 
-def test_the_event_and_what_became_of_its_text_are_on_record(fleet: Fleet, unit: Unit) -> None:
-    phone = _phone(fleet, unit)
-    event = alarm(sequence=77)
+    @contextmanager
+    def running(self) -> Iterator[Product]:
+        product = Product(self.unit.settings, self.unit.board, self.unit.pins)
+        product.start()
+        try:
+            yield product
+        finally:
+            product.stop()
+            product.join()
 
-    fleet.publish(unit, "alarm", event)
-    sms = eventually(lambda: _sms_row(fleet, unit, event["event_id"]))
+    def wave(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.unit.pir.drive_high()
+            self.unit.pir.drive_low()
 
-    recorded = fleet.rows(unit.serial, f"EVENT#{event['at']}#{event['event_id']}")
-    assert [(row["sequence"], row["at_quality"], row["kind"]) for row in recorded] == [("77", "ntp", "motion")]
-    assert (sms["outcome"], sms["to"], sms["message_id"]) == ("sent", phone, fleet.texts(phone)[0].message_id)
-    assert sms["text"] == fleet.texts(phone)[0].text
+    def waiting(self) -> int:
+        with Spool(self.unit.settings.paths.spool) as spool:
+            return spool.depth().alarms
 
-
-def test_the_same_event_twice_is_one_text(fleet: Fleet, unit: Unit) -> None:
-    phone = _phone(fleet, unit)
-    event = alarm()
-
-    fleet.publish(unit, "alarm", event)
-    eventually(lambda: _sms_row(fleet, unit, event["event_id"]))
-    again = _invoke(fleet, event | {"thing": unit.serial, "received_ms": 1})
-
-    assert again == {"outcome": "already done"}
-    assert len(fleet.texts(phone)) == 1
-
-
-def test_an_event_whose_time_was_corrected_before_it_was_sent_again_is_still_one_event(
-    fleet: Fleet, unit: Unit
-) -> None:
-    phone = _phone(fleet, unit)
-    event = alarm(at="2026-11-21T05:00:00.000Z", at_quality="estimated") | {"thing": unit.serial, "received_ms": 1}
-
-    _invoke(fleet, event)
-    _invoke(fleet, event | {"at": "2026-11-21T05:00:09.000Z", "at_quality": "ntp"})
-
-    assert len(fleet.texts(phone)) == 1
-    assert len([row for row in fleet.rows(unit.serial, "EVENT#") if row["event_id"] == event["event_id"]]) == 1
+    def sequences(self) -> list[int]:
+        return [one["sequence"] for one in self.side.alarms()]
 
 
-def test_five_calls_at_once_for_one_event_are_one_text(fleet: Fleet, unit: Unit) -> None:
-    phone = _phone(fleet, unit)
-    event = alarm() | {"thing": unit.serial, "received_ms": 1}
-
-    with ThreadPoolExecutor(5) as pool:
-        answers = list(pool.map(lambda _: _invoke(fleet, event), range(5)))
-
-    assert len(fleet.texts(phone)) == 1
-    assert [answer.get("outcome") for answer in answers].count("sent") == 1
-    others = {answer.get("outcome", answer.get("errorType")) for answer in answers} - {"sent"}
-    assert others <= {"already done", "InProgressError", "TransactionCanceledException", "Runtime.HandlerError"}
-
-
-def test_a_crash_between_the_record_and_the_text_is_made_good_by_the_next_delivery(fleet: Fleet, unit: Unit) -> None:
-    phone = _phone(fleet, unit)
-    event = alarm() | {"thing": unit.serial, "received_ms": 1}
-    _leave_lease(fleet, unit, event["event_id"], leased_until=1.0)
-
-    answer = _invoke(fleet, event)
-
-    assert answer == {"outcome": "sent"}
-    assert len(fleet.texts(phone)) == 1
-
-
-def test_while_another_call_may_still_be_sending_nobody_else_does(fleet: Fleet, unit: Unit) -> None:
-    phone = _phone(fleet, unit)
-    event = alarm() | {"thing": unit.serial, "received_ms": 1}
-    _leave_lease(fleet, unit, event["event_id"], leased_until=4e9)
-
-    answer = _invoke(fleet, event)
-
-    assert "another call" in answer["errorMessage"]
-    assert fleet.texts(phone) == []
-
-
-def _leave_lease(fleet: Fleet, unit: Unit, event_id: str, leased_until: float) -> None:
-    """As a call leaves it that died before it sent the text."""
-    row = table.unit_key(unit.serial, table.sms_sort(event_id)) | table.item({"leased_until": leased_until})
-    fleet.target.dynamodb.put_item(TableName=fleet.outputs["Table"], Item=row)
-
-
-def test_an_alarm_of_a_unit_without_an_owner_is_recorded_and_texts_nobody(fleet: Fleet) -> None:
-    orphan = fleet.unit()
-    before = len(_all_texts(fleet))
-    event = alarm()
-
-    fleet.publish(orphan, "alarm", event)
-    sms = eventually(lambda: _sms_row(fleet, orphan, event["event_id"]))
-
-    assert sms["outcome"] == "no owner"
-    assert len(fleet.rows(orphan.serial, "EVENT#")) == 1
-    assert len(_all_texts(fleet)) == before
-
-
-def _all_texts(fleet: Fleet) -> list[Any]:
-    return list(launcher.sms(fleet.cloud))
-
-
-@pytest.mark.parametrize("payload", ["not json", {"kind": "motion"}, alarm(at="yesterday"), alarm(sequence="1")])
-def test_a_malformed_alarm_ends_among_the_dead_letters(fleet: Fleet, unit: Unit, payload: object) -> None:
-    fleet.publish(unit, "alarm", payload)
-    letters = eventually(fleet.dead_letters)
-
-    assert [letter["requestPayload"]["thing"] for letter in letters] == [unit.serial]
-    assert letters[0]["requestContext"]["condition"] == "RetriesExhausted"
-
-
-def test_a_text_that_sns_refuses_is_tried_again_and_ends_among_the_dead_letters(fleet: Fleet, unit: Unit) -> None:
-    row = table.unit_key(unit.serial, table.OWNER) | table.item({"phone": "+491709999999", "timezone": "Mars/Olympus"})
-    fleet.target.dynamodb.put_item(TableName=fleet.outputs["Table"], Item=row)
-    event = alarm()
-
-    fleet.publish(unit, "alarm", event)
-    letters = eventually(fleet.dead_letters)
-
-    assert letters[0]["requestPayload"]["event_id"] == event["event_id"]
-    assert "Mars/Olympus" in fleet.rows(unit.serial, f"SMS#{event['event_id']}")[0]["last_error"]
-
-
-def test_a_function_may_do_no_more_than_its_role_says(fleet: Fleet, unit: Unit) -> None:
-    role = fleet.target.cloudformation.describe_stack_resource(
-        StackName=fleet.target.stack, LogicalResourceId="ProcessAlarmRole"
-    )["StackResourceDetail"]["PhysicalResourceId"]
-    iam = fleet.target.session.client("iam", endpoint_url=fleet.target.endpoint_url)
-    granted = iam.get_role_policy(RoleName=role, PolicyName="process-alarm")["PolicyDocument"]
-    phone = _phone(fleet, unit)
-    textless = [each for each in granted["Statement"] if each["Action"] != "sns:Publish"]
-    event = alarm() | {"thing": unit.serial, "received_ms": 1}
+@pytest.fixture(params=["mosquitto", "local cloud"])
+def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
+    side: Side
+    if request.param == "mosquitto":
+        side = Mosquitto(request.getfixturevalue("broker"))
+    else:
+        side = LocalCloud(request.getfixturevalue("fleet"))
+    unit = Unit.make(tmp_path / "unit")
+    proxy = FaultProxy(side.port)
     try:
-        _put(iam, role, {**granted, "Statement": textless})
-        refused = _invoke(fleet, event)
+        side.provision(unit, proxy.port)
+        yield Scene(unit, side, proxy)
     finally:
-        _put(iam, role, granted)
-    allowed = _invoke(fleet, event)
-    iam.close()
-
-    assert "not authorized to perform: sns:Publish" in refused["errorMessage"]
-    assert allowed == {"outcome": "sent"}
-    assert len(fleet.texts(phone)) == 1
+        proxy.close()
 
 
-def _put(iam: Any, role: str, document: dict[str, Any]) -> None:
-    iam.put_role_policy(RoleName=role, PolicyName="process-alarm", PolicyDocument=json.dumps(document))
+def test_motion_becomes_one_alarm(scene: Scene) -> None:
+    with scene.running():
+        scene.wave()
+        wait_for(lambda: scene.sequences() == [1], 40)
+        wait_for(lambda: scene.waiting() == 0)
+
+    (alarm,) = scene.side.alarms()
+    assert (alarm["kind"], alarm["at_quality"]) == ("motion", "ntp")
+    assert abs((datetime.fromisoformat(alarm["at"]) - datetime.now(UTC)).total_seconds()) < 60
 
 
-@pytest.mark.parametrize("phone", ["0170123", "+0123456789", "+49 170 1", "", "+49170123456789012"])
-def test_an_owner_needs_a_phone_number_in_international_form(fleet: Fleet, unit: Unit, phone: str) -> None:
-    with pytest.raises(ValueError, match="phone number"):
-        fleet.registry.owner(unit.serial, phone, BERLIN)
+def test_alarms_raised_offline_all_arrive_once_by_id_and_in_order(scene: Scene) -> None:
+    scene.cut()
+    with scene.running():
+        scene.wave(40)
+        wait_for(lambda: scene.waiting() == 40)
+        scene.mend()
+        wait_for(lambda: len(scene.side.alarms()) == 40, 60)
+        wait_for(lambda: scene.waiting() == 0)
+
+    by_moment = sorted(scene.side.alarms(), key=lambda one: one["sequence"])
+    assert [one["sequence"] for one in by_moment] == list(range(1, 41))
+    assert [one["at"] for one in by_moment] == sorted(one["at"] for one in by_moment)
+    assert len({one["event_id"] for one in by_moment}) == 40
 
 
-def test_an_owner_needs_a_time_zone_that_exists(fleet: Fleet, unit: Unit) -> None:
-    with pytest.raises(ValueError, match="Mars/Olympus"):
-        fleet.registry.owner(unit.serial, "+491701234567", "Mars/Olympus")
+def test_a_link_that_breaks_again_and_again_costs_no_alarm(scene: Scene) -> None:
+    with scene.running() as product:
+        for _ in range(4):
+            scene.wave(10)
+            scene.proxy.reset()
+            time.sleep(0.3)
+            product._wake_link(urgent=True)
+        wait_for(lambda: len(scene.side.alarms()) == 40, 90)
+
+    assert sorted(scene.sequences()) == list(range(1, 41))
+
+
+def test_what_waits_outlives_the_agent(scene: Scene) -> None:
+    scene.cut()
+    for count in (3, 6):
+        with scene.running():
+            scene.wave(3)
+            wait_for(lambda count=count: scene.waiting() == count)  # type: ignore[misc]
+    scene.mend()
+
+    with scene.running():
+        wait_for(lambda: sorted(scene.sequences()) == [1, 2, 3, 4, 5, 6], 60)
+
+
+def test_an_alarm_without_time_arrives_with_the_time_that_was_learned_later(scene: Scene) -> None:
+    scene.cut()
+    scene.unit.board.clock_offset, scene.unit.board.quality = -56 * 365 * 86400, "estimated"
+    with scene.running():
+        scene.wave()
+        wait_for(lambda: scene.waiting() == 1)
+        scene.unit.board.clock_offset, scene.unit.board.quality = 0.0, "ntp"
+        scene.mend()
+        wait_for(lambda: scene.sequences() == [1], 60)
+
+    (alarm,) = scene.side.alarms()
+    assert alarm["at_quality"] == "corrected"
+    assert abs((datetime.fromisoformat(alarm["at"]) - datetime.now(UTC)).total_seconds()) < 60
+
+
+def test_an_opened_case_arrives_as_what_it_is(scene: Scene) -> None:
+    scene = replace(scene, unit=scene.unit.with_case())  # open from the start: nothing drives the mock's line high
+    with scene.running():
+        wait_for(lambda: [one["kind"] for one in scene.side.alarms()] == ["tamper"], 40)
