@@ -18,12 +18,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from bench.figures import NotMeasuredError
 from bench.meter import Meter
 from bench.tools import ROOT, program
+from factory.drivers import simulated_init, simulated_tree
 from factory.drivers.gpio_server import GpioServer
 from firmware_agent import identity, keys
-from firmware_agent.board import RaspberryPi
 from firmware_agent.identity import Identity
 from firmware_agent.settings import Settings, load
-from tests.firmware_agent.support import SERIAL, Broker, Ca, pem, pem_key
+from tests.firmware_agent.jobs_service import Bridge, JobsService
+from tests.firmware_agent.linking import permit
+from tests.firmware_agent.shadow_service import ShadowService
+from tests.firmware_agent.support import BOARD, SERIAL, Broker, Ca, pem, pem_key
 
 LINE = 17
 LABEL = "bench-gpio"
@@ -48,7 +51,12 @@ blocked_seconds = 0
 quiet_seconds = 0
 [mqtt]
 publishes_per_second = {rate}
+[update]
+root = "{folder}/root.json"
+health_seconds = 10
+soft_seconds = 30
 [paths]
+board = "{folder}/kernel"
 state = "{folder}/state"
 run = "{folder}/run"
 releases = "{folder}/releases"
@@ -114,11 +122,12 @@ class Sample(Device):
 
 @dataclass(frozen=True)
 class Site:
-    """A broker with its CA; agents and samples are put there one at a time."""
+    """A broker with its CA, and the jobs of its devices; agents and samples are put there one at a time."""
 
     folder: Path
     broker: Broker
     meter: Meter
+    jobs: JobsService
 
     def settings(self, *, rate: int = 90) -> Settings:
         """The agent's settings and identity, made now; its state is empty but for these."""
@@ -126,12 +135,13 @@ class Site:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         text = _SETTINGS.format(folder=self.folder, label=LABEL, line=LINE, rate=rate)
         (self.folder / "agent.toml").write_text(text)
+        simulated_tree.boot(self.folder / "kernel", BOARD, medium_bytes=64 * 2**20, celsius=41.5)
         settings = load(self.folder / "agent.toml")
         store = keys.open_store(settings)
         public = store.ensure().public_key()
         store.close()
         ca = self.broker.ca
-        leaf = ca.leaf(public, board=RaspberryPi().facts().serial)
+        leaf = ca.leaf(public, board=BOARD)
         chain = pem(leaf) + pem(ca.certificate)
         found = Identity(SERIAL, chain, pem(ca.certificate), "localhost", self.meter.port, "WO-1")
         identity.install(settings.paths.identity, found)
@@ -145,8 +155,55 @@ class Site:
             stack.callback(gpio.close)
             arguments = ["-m", "firmware_agent", "--settings", str(self.folder / "agent.toml"), "run"]
             process = stack.enter_context(_running(arguments, self.folder / "agent.log"))
-            self.broker.next("hello", START_SECONDS)
+            self._await_hello(self.folder / "agent.log")
             yield _Agent(process, self.meter, gpio)
+
+    @contextmanager
+    def launched(self) -> Iterator[GpioServer]:
+        """Our agent as a unit has it: the release in force, started by the launcher, watched over by a process 1.
+
+        `settings` was called before, and a release is in force in `releases`. It is connected.
+        """
+        state, log = self.folder / "state", self.folder / "agent.log"
+        launcher = ["-I", "-S", str(ROOT / "firmware_agent/launcher.py"), "--state", str(state)]
+        agent = [
+            "--releases",
+            str(self.folder / "releases"),
+            "--",
+            "--settings",
+            str(self.folder / "agent.toml"),
+            "run",
+        ]
+        config = simulated_init.Config(
+            command=[sys.executable, *launcher, *agent],
+            environment={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"},
+            directory=str(self.folder / "run"),
+            notify=str(self.folder / "notify"),
+            reboot_request=str(state / "reboot-request"),
+        )
+        config.dump(self.folder / "init.json")
+        with ExitStack() as stack:
+            gpio = GpioServer(self.folder / "gpio", LABEL, frozenset({LINE}))
+            stack.callback(gpio.close)
+            init = stack.enter_context(
+                subprocess.Popen(
+                    simulated_init.command(sys.executable, self.folder / "init.json"),
+                    stdin=subprocess.PIPE,  # its supply: when it closes, the power is gone
+                    stdout=stack.enter_context(log.open("w")),
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+            assert init.stdin is not None
+            stack.callback(init.stdin.close)
+            self._await_hello(log)
+            yield gpio
+
+    def _await_hello(self, log: Path) -> None:
+        try:
+            self.broker.next("hello", START_SECONDS)
+        except queue.Empty:
+            raise RuntimeError(f"the agent does not connect: {log.read_text()[-800:]}") from None
 
     @contextmanager
     def sample(self) -> Iterator[Sample]:
@@ -205,17 +262,21 @@ def _running(arguments: list[str], log: Path) -> Iterator["subprocess.Popen[str]
 
 @contextmanager
 def open_site(folder: Path) -> Iterator[Site]:
-    """A broker behind a meter.
+    """A broker behind a meter, with the cloud's jobs and shadows.
 
     Raises:
         NotMeasuredError: mosquitto is not installed.
     """
     if program("mosquitto") is None:
         raise NotMeasuredError("mosquitto is not installed; `make setup` installs it")
-    broker = Broker(Ca(), folder / "broker")
-    broker.start()
-    try:
-        with Meter(broker.port) as meter:
-            yield Site(folder, broker, meter)
-    finally:
-        broker.stop()
+    with ExitStack() as stack:
+        broker = Broker(Ca(), folder / "broker")
+        permit(broker)
+        broker.start()
+        stack.callback(broker.stop)
+        jobs = JobsService()
+        stack.enter_context(Bridge(jobs, broker.ca, broker.port))
+        shadows = ShadowService(broker.ca, broker)
+        shadows.start()
+        stack.callback(shadows.stop)
+        yield Site(folder, broker, stack.enter_context(Meter(broker.port)), jobs)

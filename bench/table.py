@@ -1,6 +1,6 @@
 """The one table of what is measured. The targets are for two cores."""
 
-from bench import agent, boards, building, flashing, shipping, units
+from bench import agent, boards, building, flashing, shipping, switching, units
 from bench.figures import Measurement, Target
 
 MEASUREMENTS = (
@@ -117,5 +117,12 @@ MEASUREMENTS = (
         run=shipping.dependencies,
         unit="%",
         slow=True,
+    ),
+    Measurement(
+        name="update-gap",
+        what="nobody watches the PIR during an update",
+        peer="the sample on AWS's SDK, ended and started",
+        target=Target(3.0),
+        run=switching.gap,
     ),
 )

@@ -40,6 +40,11 @@ class GpioServer:
             if (holder := self._holders.get(line)) is not None:
                 _send(holder, b"%d\n" % high)
 
+    def held(self, line: int) -> bool:
+        """Whether somebody holds a line now."""
+        with self._lock:
+            return line in self._holders
+
     def close(self) -> None:
         """Hang up on everybody."""
         self._wake.close()
