@@ -2,16 +2,24 @@
 
 import dataclasses
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from firmware_agent import identity
 from firmware_agent.errors import KeyFault, WrongState
 from firmware_agent.keys.file_key import FileKeys
-from tests.firmware_agent.support import Ca, Unit, burn_in_params, pem, provision
+from firmware_agent.spool import Spool
+from tests.firmware_agent.support import Broker, Ca, Unit, burn_in_params, pem, provision, settings_text, wait_for
+from tests.firmware_agent.test_safe_mode import RUN as AGENT
+from tests.firmware_agent.test_safe_mode import agent
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -120,3 +128,62 @@ def test_a_damaged_key_is_never_replaced(tmp_path: Path, content: bytes) -> None
         FileKeys(path).ensure()
 
     assert path.read_bytes() == content
+
+
+# --- the whole agent ----------------------------------------------------------------------------------------------
+
+
+def next_from(broker: Broker, kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    while True:
+        seen = broker.seen.get(timeout=30)
+        kind = seen.topic.rpartition("/")[2]
+        if kind in kinds:
+            return kind, seen.payload
+
+
+def test_an_agent_that_is_killed_again_and_again_loses_no_alarm_that_it_kept(
+    unit: Unit, ca: Ca, broker: Broker
+) -> None:
+    """Motion without a pause, and kill -9 at moments that are not chosen: some fall into writing, some into sending."""
+    broker.start()
+    provision(unit, ca, broker.port)
+    settings = unit.root / "agent.toml"
+    settings.write_text(settings_text(unit.root))
+    ids: dict[int, str] = {}
+
+    def take(alarm: dict[str, Any]) -> None:
+        assert ids.setdefault(alarm["sequence"], alarm["event_id"]) == alarm["event_id"]
+
+    draw = random.Random(3)
+    for _ in range(6):
+        with subprocess.Popen(
+            [sys.executable, "-c", AGENT, str(settings)],
+            cwd=ROOT,
+            env={**os.environ, "LG_WD": str(unit.root)},
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            kind = ""
+            while kind != "hello":
+                kind, message = next_from(broker, ("hello", "alarm"))
+                if kind == "alarm":
+                    take(message)
+            for _ in range(draw.randrange(5, 60)):
+                process.send_signal(signal.SIGUSR1)
+                time.sleep(draw.random() * 0.005)
+            process.kill()
+
+    with agent(settings):
+        wait_for(lambda: stored(unit) == 0)
+    while not broker.seen.empty():
+        seen = broker.seen.get()
+        if seen.topic.endswith("/alarm"):
+            take(seen.payload)
+
+    assert len(ids) > 20
+    assert sorted(ids) == list(range(1, len(ids) + 1))  # no gap: what had a number has come
+    assert len(set(ids.values())) == len(ids)
+
+
+def stored(unit: Unit) -> int:
+    with Spool(unit.settings.paths.spool) as spool:
+        return spool.depth().alarms
