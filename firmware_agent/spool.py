@@ -101,6 +101,7 @@ class Spool:
         self._capacity = capacity
         self._lock = threading.RLock()
         self._database: sqlite3.Connection | None = None
+        self._full = True  # whether its commits reach the medium
         self._counts: dict[str, int] = {}
         self._last = dict.fromkeys(_SEQUENCES, 0)
         self._last_id = 0
@@ -267,7 +268,9 @@ class Spool:
         counts = dict(self._counts)
         try:
             # With NORMAL a commit in WAL mode is atomic, but reaches the medium with the next full one only.
-            database.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
+            if full != self._full:
+                database.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
+                self._full = full
             database.execute("BEGIN IMMEDIATE")  # locked from the start, so that two writers wait instead of failing
             self._catch_up(database)
             work(database)
@@ -374,7 +377,7 @@ class Spool:
         except BaseException:
             database.close()
             raise
-        self._database = database
+        self._database, self._full = database, True
         self._last_id = max(last, *(one.id for one in self._unsaved), 0)
         # A delivery of these that is under way will not be recognised, and they are sent once more: no harm.
         self._unsaved = [self._spooled(one.kind, one.body) if one.id < 0 else one for one in self._unsaved]

