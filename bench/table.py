@@ -87,7 +87,7 @@ MEASUREMENTS = (
     ),
     Measurement(
         name="spool-drain",
-        what="10,000 spooled alarms, to the last PUBACK",
+        what="10,000 spooled alarms, until the last has arrived",
         peer="10,000 publishes from memory by AWS's SDK",
         target=Target(60.0),
         run=agent.drain,

@@ -58,6 +58,14 @@ def test_everything_that_was_promised_is_measured() -> None:
         "flash": (1.2, True),
         "flash-block": (1.2, True),
         "edge-to-sms": (1, False),
+        "agent-memory": (40, False),
+        "agent-idle-cpu": (0.3, False),
+        "edge-to-publish": (5, False),
+        "spool-drain": (60, False),
+        "idle-bytes": (2000, False),
+        "update-bytes": (6, False),
+        "update-bytes-dependencies": (12, False),
+        "update-gap": (3, False),
     }
     assert all(one.peer for one in MEASUREMENTS)
 
