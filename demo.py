@@ -12,10 +12,11 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import typer
@@ -37,18 +38,23 @@ from factory.bench import Stimulus
 from factory.errors import CloudFault
 from factory.files import write_whole
 from image import recipe
-from image.release import agent_version, pack, simulated_release
+from image.base import base_root
+from image.build import LOCK
+from image.cache import held
+from image.release import agent_version, device_release, pack, simulated_release
+from image.wheels import device_library
 
 WAVE_SECONDS: Final = 4.0
 ALARM_SECONDS: Final = 120.0
-#: How long a ring may take to have a release, or to come back from one.
-ROLLOUT_SECONDS: Final = 120.0
+#: How long a ring may take to have a release, or to come back from one: an emulated Pi takes some minutes.
+ROLLOUT_SECONDS: Final = 900.0
 #: How long the canary runs the good release before all others get it; a day, outside of demos.
 SOAK: Final = "3s"
 
 _LOOK_SECONDS: Final = 0.2
 _HOLDERS: Final = ("holder-1", "holder-2")
 _RECIPE: Final = Path(__file__).parent / "image/recipes/picket.toml"
+_CACHE: Final = Path("build/cache")
 
 #: The slip: a letter is missing where alarms are made durable. The agent starts, connects, and could keep no alarm.
 SLIP: Final = ("firmware_agent/spool.py", 'execute("BEGIN IMMEDIATE")', 'execute("BEGIN IMEDIATE")')
@@ -99,11 +105,13 @@ class Updates:
         directory: of the repository and its keys. The demos share a cloud, so they share this too.
         cloud: where the local cloud keeps its state.
         releases: where releases are built.
+        board: whose, as in a board's URI: `simulated` or `virtual`.
     """
 
     directory: Path
     cloud: Path
     releases: Path
+    board: str
 
     @property
     def repository(self) -> Path:
@@ -158,7 +166,7 @@ class Updates:
         return [word for name, place in options.items() if name in known for word in (name, str(place))]
 
     def build(self, version: str, older: Sequence[Path] = (), slip: tuple[str, str, str] | None = None) -> Path:
-        """Build a release of the agent for the simulated board; its archive.
+        """Build a release of the agent for the demo's boards; its archive.
 
         Args:
             version: what it calls itself.
@@ -166,7 +174,7 @@ class Updates:
             slip: a file, and what is replaced in it by what.
         """
         with tempfile.TemporaryDirectory() as folder:
-            tree = simulated_release(Path(folder), recipe.load(_RECIPE), version)
+            tree = _TREES[self.board](Path(folder), version)
             if slip is not None:
                 name, right, wrong = slip
                 source = tree / name
@@ -176,9 +184,28 @@ class Updates:
                 source.chmod(0o644)
                 source.write_text(text.replace(right, wrong))
                 source.chmod(0o444)
+                for compiled in source.parent.glob(f"__pycache__/{source.stem}.*"):
+                    compiled.unlink()
             built = pack(tree, self.releases / version, older)
         (archive,) = built.description.parent.glob("*.tar.zst")
         return archive
+
+
+def _simulated_tree(folder: Path, version: str) -> Path:
+    return simulated_release(folder, recipe.load(_RECIPE), version)
+
+
+def _device_tree(folder: Path, version: str) -> Path:
+    """With the packages that `make image` has put into the cache."""
+    wanted, cache = recipe.load(_RECIPE), _CACHE.resolve()
+    with held(cache):
+        base = base_root(wanted, cache)
+        return device_release(folder, base, device_library(LOCK, base, cache), wanted, version)
+
+
+_TREES: Final[Mapping[str, Callable[[Path, str], Path]]] = MappingProxyType(
+    {"simulated": _simulated_tree, "virtual": _device_tree}
+)
 
 
 @dataclass(frozen=True)
@@ -299,10 +326,10 @@ class SecondAct:
 
     def _name_canary(self) -> None:
         self._say(f"{self._canary.serial} shall be the canary. Two holders sign that.")
-        self._command("fleet", "ring", "canary", self._canary.serial)
-        self._command("fleet", "ring", "main", *(unit.serial for unit in self._others))
         self._command("keys", "canaries", self._canary.serial)
         self._sign()
+        self._command("fleet", "ring", "canary", self._canary.serial)
+        self._command("fleet", "ring", "main", *(unit.serial for unit in self._others))
 
     def _sign(self) -> None:
         for holder in _HOLDERS:

@@ -437,9 +437,6 @@ def play(bench: Path, file: BenchFile, endpoint: LocalEndpoint, told: dict[str, 
         if attempt.made is None or alarm is None:
             return attempt.code
         show_unit(attempt.made, alarm)
-        if file.board.scheme not in SECOND_ACT:
-            forget_older_boards(file, {first.unit.serial})
-            return ExitCode.PASS
         say("Second act: two units in the field, and two releases for them.")
         second = powered.enter_context(Station.opened(bench, next_unit(file), slot="-2"))
         say(f"The line makes {second.unit.serial} in another slot.")
@@ -468,7 +465,8 @@ def make_unit(station: Station) -> Attempt:
 
 def updates_of(file: BenchFile) -> Updates:
     """The update repository that goes with a bench's cloud."""
-    return Updates(file.cloud.state.parent / "updates", file.cloud.state, file.labels.parent / "releases")
+    beside = file.cloud.state.parent
+    return Updates(beside / "updates", file.cloud.state, file.labels.parent / "releases", file.board.scheme)
 
 
 def forget_older_boards(file: BenchFile, serials: set[str]) -> None:
@@ -519,9 +517,6 @@ def prepare(file: BenchFile) -> None:
             say(f"Made the keys of updates in {updates.directory}.")
         sample.build(file.image, updates.root)
 
-
-#: The boards whose releases the demo builds: a device's take the image's build tools.
-SECOND_ACT = {"simulated"}
 
 #: The demos share a cloud, so their serials must not meet.
 SERIAL_PREFIXES = {"simulated": "PK-S", "virtual": "PK-V"}
