@@ -71,9 +71,9 @@ class Fleet:
             self.active(made)
         return made
 
-    def admitted(self) -> Unit:
+    def admitted(self, **subject: str | None) -> Unit:
         """A new unit that the cloud knows already, for tests that need many and not how they joined."""
-        made = self.unit(join=False)
+        made = self.unit(join=False, **subject)
         iot = self.target.iot
         arn = iot.register_certificate(certificatePem=made.leaf.certificate, status="ACTIVE")["certificateArn"]
         iot.create_thing(thingName=made.serial)

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from awscrt import io, mqtt5
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -469,19 +469,37 @@ class LocalLink:
                 listener(topic, payload)
 
 
+class Served(Protocol):
+    """A service of the cloud."""
+
+    #: Where notifications go.
+    publish: Callable[[str, bytes], None]
+
+    def handle(self, topic: str, payload: bytes) -> tuple[str, bytes] | None:
+        """What a device published: the topic and payload of the answer; None for what is no request."""
+        ...
+
+
+REQUESTS = tuple(f"$aws/things/+/jobs/{request}" for request in ("get", "start-next", "+/get", "+/update"))
+
+
 class Bridge:
-    """Serves a `JobsService` to the clients of a real broker, as the user `service` of tests/firmware_agent/linking.py.
+    """Serves a service to the clients of a real broker, as the user `service` of tests/firmware_agent/linking.py.
 
     Args:
-        service: the jobs.
+        service: the jobs, or another.
         ca: who the broker trusts.
         port: the broker's, on localhost.
+        requests: filters of the topics that the service handles.
     """
 
-    def __init__(self, service: JobsService, ca: Ca, port: int) -> None:
+    def __init__(self, service: Served, ca: Ca, port: int, requests: Sequence[str] = REQUESTS) -> None:
         self._service = service
+        self._requests = requests
         self._inbox: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
         self._up: Future[None] = Future()
+        #: Set while the service hears what is asked.
+        self.listens = threading.Event()
         self._stopped: Future[None] = Future()
         key = ec.generate_private_key(ec.SECP256R1())
         tls = io.TlsContextOptions.create_client_with_mtls(
@@ -493,15 +511,16 @@ class Bridge:
                 host_name="localhost",
                 port=port,
                 tls_ctx=io.ClientTlsContext(tls),
-                connect_options=mqtt5.ConnectPacket(client_id="jobs-service"),
+                connect_options=mqtt5.ConnectPacket(client_id=f"service-{id(self)}"),
                 min_reconnect_delay_ms=50,
                 max_reconnect_delay_ms=200,
                 on_publish_callback_fn=self._on_publish,
                 on_lifecycle_event_connection_success_fn=self._connected,
+                on_lifecycle_event_disconnection_fn=lambda _: self.listens.clear(),
                 on_lifecycle_event_stopped_fn=lambda _: self._stopped.set_result(None),
             )
         )
-        self._thread = threading.Thread(target=self._serve, name="jobs-service")
+        self._thread = threading.Thread(target=self._serve, name="service")
 
     def __enter__(self) -> Self:
         self._client.start()
@@ -518,15 +537,14 @@ class Bridge:
         self._stopped.result(20)
 
     def _connected(self, _: Any) -> None:
-        wanted = [
-            mqtt5.Subscription(f"$aws/things/+/jobs/{request}", mqtt5.QoS.AT_LEAST_ONCE)
-            for request in ("get", "start-next", "+/get", "+/update")
-        ]
+        wanted = [mqtt5.Subscription(request, mqtt5.QoS.AT_LEAST_ONCE) for request in self._requests]
         self._client.subscribe(mqtt5.SubscribePacket(wanted)).add_done_callback(self._subscribed)
 
     def _subscribed(self, done: "Future[Any]") -> None:
+        error = done.exception()
+        if error is None:
+            self.listens.set()
         if not self._up.done():  # else it is a reconnect
-            error = done.exception()
             self._up.set_exception(error) if error is not None else self._up.set_result(None)
 
     def _on_publish(self, data: Any) -> None:

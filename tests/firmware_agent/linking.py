@@ -67,7 +67,13 @@ class Running:
         host: str = "localhost",
         rate: float = 100_000.0,
     ) -> Iterator["Running"]:
-        found: Identity = replace(provision_as(unit, ca, port, serial), host=host)
+        with cls.on(unit, replace(provision_as(unit, ca, port, serial), host=host), rate=rate) as running:
+            yield running
+
+    @classmethod
+    @contextlib.contextmanager
+    def on(cls, unit: Unit, found: Identity, *, rate: float = 100_000.0) -> Iterator["Running"]:
+        """For a unit that has its identity already."""
         settings = replace(unit.settings, mqtt=replace(unit.settings.mqtt, publishes_per_second=rate))
         store = open_store(settings)
         stop = threading.Event()

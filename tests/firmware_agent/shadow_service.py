@@ -53,14 +53,19 @@ class ShadowService:
         tls.override_default_trust_store(pem(ca.certificate).encode())
         self._up: Future[None] = Future()
         self._stopped: Future[None] = Future()
+        #: Set while the service hears what is asked.
+        self.listens = threading.Event()
         self._client = mqtt5.Client(
             mqtt5.ClientOptions(
                 host_name="localhost",
                 port=broker.port,
                 tls_ctx=io.ClientTlsContext(tls),
                 connect_options=mqtt5.ConnectPacket(client_id="service"),
+                min_reconnect_delay_ms=50,
+                max_reconnect_delay_ms=200,
                 on_publish_callback_fn=lambda data: self._on_publish(data.publish_packet),
                 on_lifecycle_event_connection_success_fn=self._connected,
+                on_lifecycle_event_disconnection_fn=lambda _: self.listens.clear(),
                 on_lifecycle_event_stopped_fn=lambda _: self._stopped.set_result(None),
             )
         )
@@ -68,11 +73,6 @@ class ShadowService:
     def start(self) -> None:
         self._client.start()
         self._up.result(20)
-        wanted = [
-            mqtt5.Subscription(f"$aws/things/+/shadow/name/+/{verb}", mqtt5.QoS.AT_LEAST_ONCE)
-            for verb in ("get", "update")
-        ]
-        self._client.subscribe(mqtt5.SubscribePacket(wanted)).result(20)
 
     def stop(self) -> None:
         self._client.stop()
@@ -112,8 +112,18 @@ class ShadowService:
         )
 
     def _connected(self, _: object) -> None:
-        if not self._up.done():  # a reconnect
-            self._up.set_result(None)
+        wanted = [
+            mqtt5.Subscription(f"$aws/things/+/shadow/name/+/{verb}", mqtt5.QoS.AT_LEAST_ONCE)
+            for verb in ("get", "update")
+        ]
+        self._client.subscribe(mqtt5.SubscribePacket(wanted)).add_done_callback(self._subscribed)
+
+    def _subscribed(self, done: "Future[Any]") -> None:
+        error = done.exception()
+        if error is None:
+            self.listens.set()
+        if not self._up.done():  # else it is a reconnect
+            self._up.set_exception(error) if error is not None else self._up.set_result(None)
 
     # --- the service ------------------------------------------------------------------------------------------------
 
