@@ -85,7 +85,7 @@ class Closed:
 def clean(text: str, limit: int = MAX_VALUE) -> str:
     """`text` as statusDetails take it: no control characters, no secrets, 1 to 1024 characters."""
     shown = "".join(" " if unicodedata.category(one).startswith("C") else one for one in redact(text))
-    shown = " ".join(shown.split(" ")).strip()
+    shown = " ".join(shown.split())
     return (shown if len(shown) <= limit else shown[: limit - 1] + "…") or "-"
 
 

@@ -466,6 +466,7 @@ def test_a_healthy_job_of_one_phase_needs_five_writes(stand: Stand, monkeypatch:
 
 def test_status_details_are_as_the_service_takes_them() -> None:
     assert clean("a\nb\x00c\u200bd") == "a b c d"
+    assert clean(" the line is \x07dead\r\n") == "the line is dead"
     assert clean("") == "-"
     assert len(clean("x" * 5000)) == 1024
     assert len(clean_all({str(number): "v" for number in range(20)})) == 10
