@@ -95,7 +95,7 @@ def difference(known: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, An
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             if inner := difference(old, value):
                 change[key] = inner
-        elif old != value or (old is None) != (value is None):
+        elif old != value or isinstance(old, bool) != isinstance(value, bool):  # to Python, False is 0
             change[key] = value
     return change
 

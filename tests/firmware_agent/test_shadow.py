@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from firmware_agent import shadow, tuning
@@ -304,6 +304,7 @@ OBJECTS = st.dictionaries(st.sampled_from("abc"), TREES, max_size=3)
 
 
 @given(OBJECTS, OBJECTS)
+@example({"a": {"b": False}}, {"a": {"b": 0}})
 def test_a_difference_makes_the_one_into_the_other_as_the_cloud_merges(known: Any, new: Any) -> None:
     merged = json.loads(json.dumps(known))
     metadata: dict[str, Any] = {}
