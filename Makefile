@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STATION := $(BIN)/python station.py
 TARGET ?= local
 ONLY ?=
-PACKAGES := image factory firmware_agent cloud station.py demo.py tests bench
+PACKAGES := image factory firmware_agent cloud station.py tests bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-vm test test-vm check format lock setup image release cloud cloud-up cloud-down doctor bench clean

@@ -31,8 +31,8 @@ from cloud import stack
 from cloud.local import launcher
 from cloud.local.endpoint import LocalEndpoint
 from cloud.registry import Registry
+from cloud.showcase import Alarm, Build, Powered, SecondAct, Updates, raise_alarm
 from cloud.target import local_target, open_target
-from demo import Alarm, Powered, SecondAct, Updates, raise_alarm
 from factory import authority
 from factory.authority import CertificateAuthority
 from factory.bench import Bench, Image, Unit
@@ -44,7 +44,7 @@ from factory.line import Made, Product, produce
 from factory.record import Journal, NoWatcher, Records, RunFacts, Watcher, open_run, refuse_passed
 from factory.screen import JsonLines, LiveTable, record_json, run_table
 from firmware_agent.topics import valid_serial
-from image import factory_key, sample
+from image import factory_key, sample, tryout
 from image.errors import ImageError, ManifestError
 from image.manifest import ImageManifest
 
@@ -444,7 +444,7 @@ def play(bench: Path, file: BenchFile, endpoint: LocalEndpoint, told: dict[str, 
         if attempt.made is None:
             return attempt.code
         units = [Powered(one.unit.serial, one.bench.stimulus) for one in (second, first)]
-        fielded = SecondAct(updates_of(file), endpoint, units[0], units[1:], out).play()
+        fielded = SecondAct(updates_of(file), builder_of(file), endpoint, units[0], units[1:], out).play()
         told["update"] = asdict(fielded)
         show_alarm(fielded.alarm)
     forget_older_boards(file, {first.unit.serial, second.unit.serial})
@@ -466,7 +466,13 @@ def make_unit(station: Station) -> Attempt:
 def updates_of(file: BenchFile) -> Updates:
     """The update repository that goes with a bench's cloud."""
     beside = file.cloud.state.parent
-    return Updates(beside / "updates", file.cloud.state, file.labels.parent / "releases", file.board.scheme)
+    return Updates(beside / "updates", file.cloud.state, file.labels.parent / "releases")
+
+
+def builder_of(file: BenchFile) -> Build:
+    """What builds releases for a bench's boards."""
+    releases = updates_of(file).releases
+    return lambda version, older, slip: tryout.build(file.board.scheme, releases / version, version, older, slip)
 
 
 def forget_older_boards(file: BenchFile, serials: set[str]) -> None:

@@ -7,6 +7,7 @@ CloudError
 │   └── StackMissingError      nothing is deployed there
 ├── RepositoryFault       the update repository, a release or a key is not as it must be -> what the message says
 ├── NotYet                a release must not go out, or not like this           -> what the message says, then again
+├── DidNotHappen          the demo waited in vain                               -> mend what the message names
 └── LocalCloudError       the local cloud cannot start or is not what we pinned
 """
 
@@ -33,6 +34,10 @@ class DeployError(CloudMisconfigured):
 
 class NotYet(CloudError):
     """A release must not go out, or not like this; the message says what is missing."""
+
+
+class DidNotHappen(CloudError):
+    """What the demo was to show did not come; the message says what."""
 
 
 class LocalCloudError(CloudError):

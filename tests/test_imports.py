@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"image", "factory", "firmware_agent", "cloud", "station", "demo"}
+OURS = {"image", "factory", "firmware_agent", "cloud", "station"}
 
 #: Who may import what, beside its own package. A name is a package or one module of it.
 ARROWS = {

@@ -129,7 +129,7 @@ def test_a_demo_broken_on_purpose_fails_in_the_step_where_it_should(clone: Path,
 
 def test_a_demo_without_the_alarm_rule_says_that_no_sms_came(clone: Path) -> None:
     template = clone / "cloud/template.yaml"
-    story = clone / "demo.py"
+    story = clone / "cloud/showcase.py"
     whole, code = template.read_text(), story.read_text()
     assert "dt/picket/+/alarm" in whole
     template.write_text(whole.replace("dt/picket/+/alarm", "dt/picket/+/nothing"))
@@ -146,7 +146,7 @@ def test_a_demo_without_the_alarm_rule_says_that_no_sms_came(clone: Path) -> Non
 
 
 def test_a_demo_whose_bad_release_is_good_says_that_it_is(clone: Path) -> None:
-    story = clone / "demo.py"
+    story = clone / "cloud/showcase.py"
     code = story.read_text()
     assert "BEGIN IMEDIATE" in code
     story.write_text(code.replace("BEGIN IMEDIATE", "BEGIN IMMEDIATE"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import station
-from demo import raise_alarm
+from cloud.showcase import raise_alarm
 from factory.connect import wait_until
 from factory.drivers.simulated import SimulatedBoard
 from factory.errors import StationFault

@@ -10,14 +10,12 @@ import contextlib
 import io
 import secrets
 import shlex
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import typer
 from rich.console import Console, Group
@@ -27,22 +25,13 @@ from rich.text import Text
 
 from cloud import fleet_screen, rollout
 from cloud.cli import app as cloud_app
-from cloud.errors import NotYet
+from cloud.errors import DidNotHappen, NotYet
 from cloud.fleet import Fleet, Progress
 from cloud.local import launcher
-from cloud.local.endpoint import LocalEndpoint
+from cloud.local.endpoint import LocalEndpoint, write_atomically
 from cloud.repository import Repository, version_key
 from cloud.rollout import Ring, Status
 from cloud.target import local_target
-from factory.bench import Stimulus
-from factory.errors import CloudFault
-from factory.files import write_whole
-from image import recipe
-from image.base import base_root
-from image.build import LOCK
-from image.cache import held
-from image.release import agent_version, device_release, pack, simulated_release
-from image.wheels import device_library
 
 WAVE_SECONDS: Final = 4.0
 ALARM_SECONDS: Final = 120.0
@@ -53,11 +42,22 @@ SOAK: Final = "3s"
 
 _LOOK_SECONDS: Final = 0.2
 _HOLDERS: Final = ("holder-1", "holder-2")
-_RECIPE: Final = Path(__file__).parent / "image/recipes/picket.toml"
-_CACHE: Final = Path("build/cache")
 
 #: The slip: a letter is missing where alarms are made durable. The agent starts, connects, and could keep no alarm.
 SLIP: Final = ("firmware_agent/spool.py", 'execute("BEGIN IMMEDIATE")', 'execute("BEGIN IMEDIATE")')
+
+
+class Stimulus(Protocol):
+    """Whatever moves in front of a unit's PIR."""
+
+    def wave(self) -> None:
+        """Move."""
+        ...
+
+
+#: Builds a release for the demo's boards and gives its archive: its version, the archives of releases that units run,
+#: and a slip to make in it (a file, and what is replaced in it by what).
+Build = Callable[[str, Sequence[Path], tuple[str, str, str] | None], Path]
 
 
 # --- an alarm ------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def raise_alarm(serial: str, stimulus: Stimulus, endpoint: LocalEndpoint, out: C
     """Wave at a unit's PIR until its owner gets an SMS: the unit ignores its PIR for a minute after power-up.
 
     Raises:
-        CloudFault: no SMS came.
+        DidNotHappen: no SMS came.
     """
     begun = time.monotonic()
     with out.status("Waving at the PIR") as status:
@@ -88,9 +88,9 @@ def raise_alarm(serial: str, stimulus: Stimulus, endpoint: LocalEndpoint, out: C
                     return Alarm(message.to, message.text, time.monotonic() - waved)
                 time.sleep(0.01)
             status.update("Waving at the PIR again: the unit ignores it for a minute after power-up")
-    raise CloudFault(
-        f"no SMS within {ALARM_SECONDS:.0f} s of waving at the PIR of {serial}, which has passed the line",
-        advice="The alarm rule or process_alarm is missing in the cloud: deploy the stack again (make cloud).",
+    raise DidNotHappen(
+        f"no SMS within {ALARM_SECONDS:.0f} s of waving at the PIR of {serial}, which has passed the line: the alarm"
+        " rule or process_alarm is missing in the cloud; deploy the stack again (make cloud)"
     )
 
 
@@ -105,13 +105,11 @@ class Updates:
         directory: of the repository and its keys. The demos share a cloud, so they share this too.
         cloud: where the local cloud keeps its state.
         releases: where releases are built.
-        board: whose, as in a board's URI: `simulated` or `virtual`.
     """
 
     directory: Path
     cloud: Path
     releases: Path
-    board: str
 
     @property
     def repository(self) -> Path:
@@ -138,7 +136,7 @@ class Updates:
             return False
         if not self.passphrase.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(self.passphrase, secrets.token_urlsafe(24).encode())
+            write_atomically(self.passphrase, secrets.token_urlsafe(24), 0o600)
         with contextlib.redirect_stderr(io.StringIO()):  # what it says is for holders in different places
             self.command("keys", "init", "--keys", self.directory / "keys")
         return True
@@ -164,48 +162,6 @@ class Updates:
         commands: Any = typer.main.get_command(cloud_app)
         known = {name for option in commands.commands[group].commands[verb].params for name in option.opts}
         return [word for name, place in options.items() if name in known for word in (name, str(place))]
-
-    def build(self, version: str, older: Sequence[Path] = (), slip: tuple[str, str, str] | None = None) -> Path:
-        """Build a release of the agent for the demo's boards; its archive.
-
-        Args:
-            version: what it calls itself.
-            older: archives of releases that units run.
-            slip: a file, and what is replaced in it by what.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            tree = _TREES[self.board](Path(folder), version)
-            if slip is not None:
-                name, right, wrong = slip
-                source = tree / name
-                text = source.read_text()
-                if text.count(right) != 1:
-                    raise AssertionError(f"{name} has no {right!r} any more: the slip is out of date")
-                source.chmod(0o644)
-                source.write_text(text.replace(right, wrong))
-                source.chmod(0o444)
-                for compiled in source.parent.glob(f"__pycache__/{source.stem}.*"):
-                    compiled.unlink()
-            built = pack(tree, self.releases / version, older)
-        (archive,) = built.description.parent.glob("*.tar.zst")
-        return archive
-
-
-def _simulated_tree(folder: Path, version: str) -> Path:
-    return simulated_release(folder, recipe.load(_RECIPE), version)
-
-
-def _device_tree(folder: Path, version: str) -> Path:
-    """With the packages that `make image` has put into the cache."""
-    wanted, cache = recipe.load(_RECIPE), _CACHE.resolve()
-    with held(cache):
-        base = base_root(wanted, cache)
-        return device_release(folder, base, device_library(LOCK, base, cache), wanted, version)
-
-
-_TREES: Final[Mapping[str, Callable[[Path, str], Path]]] = MappingProxyType(
-    {"simulated": _simulated_tree, "virtual": _device_tree}
-)
 
 
 @dataclass(frozen=True)
@@ -237,9 +193,16 @@ class SecondAct:
     """Two releases on their way to two units."""
 
     def __init__(
-        self, updates: Updates, endpoint: LocalEndpoint, canary: Powered, others: Sequence[Powered], out: Console
+        self,
+        updates: Updates,
+        build: Build,
+        endpoint: LocalEndpoint,
+        canary: Powered,
+        others: Sequence[Powered],
+        out: Console,
     ) -> None:
         self._updates = updates
+        self._build = build
         self._endpoint = endpoint
         self._canary = canary
         self._others = tuple(others)
@@ -250,18 +213,19 @@ class SecondAct:
         """All of it.
 
         Raises:
-            CloudFault: something of it did not happen.
+            DidNotHappen: something of it did not happen.
             CloudError: a command was refused that should not have been.
         """
         units = [self._canary, *self._others]
         self._clear_rings([unit.serial for unit in units])
         before = self._versions()
-        first, good, bad = self._next_versions()
+        first = before[self._canary.serial]
+        good, bad = self._next_versions(first)
         self._name_canary()
 
         self._say(f"A release for both: {good}.")
-        base = self._updates.build(first)
-        archive = self._updates.build(good, [base])
+        base = self._build(first, [], None)
+        archive = self._build(good, [base], None)
         self._ship(good)
         self._expect_success(Ring.CANARY, good, [self._canary])
         self._promote(good)
@@ -269,7 +233,7 @@ class SecondAct:
         self._expect_success(Ring.MAIN, good, self._others)
 
         self._say(f"A release with a slip in it: {bad} says {SLIP[2]} in {SLIP[0]}.")
-        self._updates.build(bad, [archive], SLIP)
+        self._build(bad, [archive], SLIP)
         self._ship(bad)
         code, reason = self._expect_return(bad, good)
         self._expect_refusal(bad)
@@ -318,11 +282,11 @@ class SecondAct:
         """What each unit says that it runs."""
         return {unit.serial: unit.version or "" for unit in self._fleet.units()}
 
-    def _next_versions(self) -> tuple[str, str, str]:
-        """The version of the image, and the next two that nobody has seen."""
-        known = [agent_version(), *(each.version for each in Repository(self._updates.repository).releases())]
+    def _next_versions(self, first: str) -> tuple[str, str]:
+        """The next two that nobody has seen."""
+        known = [first, *(each.version for each in Repository(self._updates.repository).releases())]
         major, minor, *_ = *version_key(max(known, key=version_key)), 0
-        return agent_version(), f"{major}.{minor + 1}.0", f"{major}.{minor + 2}.0"
+        return f"{major}.{minor + 1}.0", f"{major}.{minor + 2}.0"
 
     def _name_canary(self) -> None:
         self._say(f"{self._canary.serial} shall be the canary. Two holders sign that.")
@@ -367,7 +331,7 @@ class SecondAct:
     def _expect_success(self, ring: Ring, version: str, units: Sequence[Powered]) -> None:
         progress = self._follow(ring, version, units)
         if progress.summary.counts.get(Status.SUCCEEDED) != len(units):
-            raise CloudFault(f"{version} did not reach the {ring} ring: {fleet_screen.words(progress.summary)}")
+            raise DidNotHappen(f"{version} did not reach the {ring} ring: {fleet_screen.words(progress.summary)}")
         for unit in units:
             self._wait_for_version(unit.serial, version)
 
@@ -375,7 +339,7 @@ class SecondAct:
         """Code and reason that the canary gives for having left a release again."""
         progress = self._follow(Ring.CANARY, bad, [self._canary])
         if not progress.summary.failures:
-            raise CloudFault(f"{bad} has a slip in it, and no unit failed: {fleet_screen.words(progress.summary)}")
+            raise DidNotHappen(f"{bad} has a slip in it, and no unit failed: {fleet_screen.words(progress.summary)}")
         failure = progress.summary.failures[0]
         self._wait_for_version(self._canary.serial, good)
         self._say(f"{self._canary.serial} went back to {good} by itself: {failure.reason}")
@@ -387,13 +351,13 @@ class SecondAct:
         except NotYet as error:
             self._say(f"It goes to nobody else: {error}")
             return
-        raise CloudFault(f"{version} failed on the canary, and the rollout to all units was not refused")
+        raise DidNotHappen(f"{version} failed on the canary, and the rollout to all units was not refused")
 
     def _wait_for_version(self, serial: str, version: str) -> None:
         deadline = time.monotonic() + ROLLOUT_SECONDS
         while (runs := self._versions().get(serial)) != version:
             if time.monotonic() > deadline:
-                raise CloudFault(f"{serial} should run {version}, and says that it runs {runs}")
+                raise DidNotHappen(f"{serial} should run {version}, and says that it runs {runs}")
             time.sleep(_LOOK_SECONDS)
 
     # --- live ------------------------------------------------------------------------------------------------------
@@ -411,7 +375,7 @@ class SecondAct:
                 if not progress.summary.open:
                     return progress
                 if time.monotonic() > deadline:
-                    raise CloudFault(f"{job} is not over within {ROLLOUT_SECONDS:.0f} s")
+                    raise DidNotHappen(f"{job} is not over within {ROLLOUT_SECONDS:.0f} s")
                 time.sleep(_LOOK_SECONDS)
 
     @contextlib.contextmanager
