@@ -33,6 +33,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,10 @@ FORMAT: Final = 1
 
 #: Over this many starts without a steady run, the agent starts in safe mode.
 STEADY_STARTS: Final = 5
+
+#: Seconds to wait before the second, third, … start of a committed release that never came to be steady; then the last
+#: one each time. The service manager starts it again at once, since an update is a restart, and never gives up.
+PAUSES: Final = (0.0, 0.0, 1.0, 3.0, 10.0, 20.0)
 
 #: The exit code when there is nothing to start (EX_CONFIG of sysexits.h).
 NOTHING_TO_START: Final = 78
@@ -169,6 +174,14 @@ def _count(table: Any, key: str) -> int:
 
 
 # --- the decision -------------------------------------------------------------------------------------------------
+
+
+def pause(boot: Boot) -> float:
+    """Seconds to wait before a start, so that a release that dies at once does not wear the unit out.
+
+    A trial never waits: its starts are counted, and soon over.
+    """
+    return 0.0 if boot.trial else PAUSES[min(max(boot.unsteady - 1, 0), len(PAUSES) - 1)]
 
 
 @dataclass(frozen=True)
@@ -377,12 +390,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--releases", type=Path, default=Path("/opt/picket"))
     parser.add_argument("--state", type=Path, default=Path("/var/lib/picket"))
     parser.add_argument("--library", type=Path, help="packages for releases that bring none themselves")
+    parser.add_argument("--no-wait", action="store_true", help="whoever starts this waits by itself after failures")
     parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="the agent's arguments")
     options = parser.parse_args(arguments)
     directory: Path = options.releases.absolute()
 
     plan = prepare(directory, options.state)
     if plan:
+        wait = 0.0 if options.no_wait else pause(plan.boot)
+        if wait:
+            say(f"{plan.release} was not steady: {wait:g} s until it is started again")
+            time.sleep(wait)
         start(plan, directory, options.library, options.rest)
     say(f"there is no whole release in {directory / 'releases'}: write the image anew")
     return NOTHING_TO_START

@@ -352,7 +352,7 @@ class _System:
     def _run_product(self, settings: Settings) -> None:
         root, paths = self._hardware.root, settings.paths
         agent = ["--settings", str(self._hardware.settings_file), "run"]
-        releases = ["--releases", str(paths.releases), "--state", str(paths.state)]
+        releases = ["--releases", str(paths.releases), "--state", str(paths.state), "--no-wait"]
         config = simulated_init.Config(
             command=[sys.executable, "-I", "-S", str(root / "usr/lib/picket/launcher.py"), *releases, "--", *agent],
             environment=_environment(),

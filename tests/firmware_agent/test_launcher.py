@@ -61,7 +61,7 @@ class Board:
         return os.readlink(self.directory / "current")  # noqa: PTH115
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        places = ["--releases", str(self.directory), "--state", str(self.state)]
+        places = ["--releases", str(self.directory), "--state", str(self.state), "--no-wait"]
         command = [sys.executable, "-I", "-S", launcher.__file__, *places, *options, "--", "run", "--verbose"]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -248,6 +248,19 @@ def test_a_release_that_is_never_steady_starts_in_safe_mode(board: Board) -> Non
     assert board.boot().unsteady == 6  # an endless loop does not wear the disk out
     board.write(Boot())
     assert board.start()["PICKET_SAFE_MODE"] is None
+
+
+@given(st.integers(0, 20))
+def test_a_release_that_keeps_dying_is_started_ever_more_slowly_and_never_given_up(unsteady: int) -> None:
+    now, later = launcher.pause(Boot(unsteady=unsteady)), launcher.pause(Boot(unsteady=unsteady + 1))
+
+    assert 0.0 <= now <= later <= 60.0
+
+
+def test_a_start_after_a_steady_run_and_one_on_trial_do_not_wait() -> None:
+    assert launcher.pause(Boot(unsteady=1)) == 0.0
+    assert launcher.pause(Boot(unsteady=2)) == 0.0
+    assert launcher.pause(replace(on_trial(), unsteady=6)) == 0.0
 
 
 def test_it_needs_nothing_but_the_standard_library() -> None:
