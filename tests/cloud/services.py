@@ -398,12 +398,14 @@ class Tap:
     """Hears what a link asks and what is refused, and may do something just before it asks."""
 
     def __init__(self, running: Running) -> None:
+        self.asked: list[str] = []
         self.refused: list[str] = []
         self.before: Callable[[str, Mapping[str, Any]], None] = lambda _topic, _body: None
         self._ask = running.link.ask
         running.link.ask = self._heard  # type: ignore[method-assign]
 
     def _heard(self, topic: str, body: Mapping[str, Any], **options: Any) -> Any:
+        self.asked.append(topic)
         self.before(topic, body)
         try:
             return self._ask(topic, body, **options)

@@ -231,7 +231,9 @@ def test_a_failure_is_tried_again_under_a_number_of_its_own(service: Service, un
     assert status(service, "j", 3) is None
 
 
-def test_a_version_that_somebody_else_has_raised_costs_a_question_and_no_report(service: Service, unit: Unit) -> None:
+def test_a_version_that_somebody_else_has_raised_costs_a_question_and_no_report(
+    service: Service, unit: Unit, caplog: pytest.LogCaptureFixture
+) -> None:
     service.create("j", DOCUMENT)
     with online(service, unit) as up:
         tap = Tap(up)
@@ -251,6 +253,7 @@ def test_a_version_that_somebody_else_has_raised_costs_a_question_and_no_report(
     seen = service.seen("j")
     assert seen is not None
     assert (tap.refused, seen.version, dict(seen.details)) == (["VersionMismatch"], 4, {"pir": "ok"})
+    assert "refuses what this agent says" not in caplog.text
 
 
 @pytest.mark.parametrize("bound", [False, True])
@@ -293,14 +296,19 @@ def test_an_update_is_installed_though_its_first_url_has_expired(
     target = publish(world, goods)
     patch = f"agent/picket-agent-1.1.0.from-{goods.old.tar.sha256[:8]}.zpatch"
     expired: list[str] = []
+    asked: list[str] = []
+    again: list[bool] = []
     started: list[str] = []
 
     def get(payload: Any, url: str, directory: Path, **options: Any) -> Path:
         given = url if expired else service.expired(url)
+        if expired:
+            again.append(topics.jobs_topic(service.serial, _named(service, "update"), "get") in asked)
         try:
             return download.download(payload, given, directory, delay=lambda _: 0.0, **options)
         except UrlExpired:
             expired.append(given)
+            asked.clear()
             raise
 
     def wake() -> None:
@@ -311,6 +319,7 @@ def test_an_update_is_installed_though_its_first_url_has_expired(
         """One, on a connection of its own, as systemd starts it."""
         with online(service, unit) as up:
             disk.link = up.link
+            Tap(up).asked = asked
             name = disk.start()
             started.append(name)
             with running(lambda stop: disk.process(name, stop), wake) as thread:
@@ -339,6 +348,7 @@ def test_an_update_is_installed_though_its_first_url_has_expired(
     assert started == [goods.old.name, goods.new]
     assert disk.releases.current() == goods.new
     assert len(expired) == 1
+    assert again[0]  # the second URL was asked for, and is not the first once more
     assert {path for path in disk.orphans() if not path.startswith("state/tuf")} == set()
 
 
@@ -430,7 +440,9 @@ def test_a_wish_made_while_the_unit_was_away_is_followed_at_the_next_connect(ser
         wait_for(lambda: reported(service).get("armed") is False, 60)
 
 
-def test_arming_at_the_unit_wins_over_a_wish_that_came_between(service: Service, unit: Unit) -> None:
+def test_arming_at_the_unit_wins_over_a_wish_that_came_between(
+    service: Service, unit: Unit, caplog: pytest.LogCaptureFixture
+) -> None:
     with shadowed(service, unit) as one:
         wait_for(lambda: reported(service).get("armed") is True)
         service.desire("alarm", armed=False)
@@ -450,6 +462,7 @@ def test_arming_at_the_unit_wins_over_a_wish_that_came_between(service: Service,
         wait_for(lambda: not one.store.now.pending)
 
     assert one.tap.refused == ["409", "409"]
+    assert "is not told" not in caplog.text  # a conflict is no fault
     assert one.store.now.armed
     assert reported(service)["armed_by"] == "keypad"
 
