@@ -7,13 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import typer
-
-from cloud.cli import app
 from cloud.fleet import Fleet
 from cloud.rollout import Execution, Ring, Status
+from cloud.showcase import Updates
 from tests.site import ROOT, Site, fresh_checkout, plain_environment
 
 #: An emulated Pi takes its time, and a cut costs it a boot or two.
@@ -37,25 +34,16 @@ class Shipping:
     def fleet(self) -> Fleet:
         return Fleet(self.site.target)
 
-    def command(self, group: str, verb: str, *words: str | Path) -> None:
-        """`python -m cloud GROUP VERB ...` on this repository and the site's cloud."""
-        options = {
-            "--repository": self.base / "repository",
-            "--passphrase-file": self.base / "passphrase",
-            "--state": self.site.base / "cloud",
-            "--releases": self.base / "releases",
-        }
-        commands: Any = typer.main.get_command(app)
-        known = {name for option in commands.commands[group].commands[verb].params for name in option.opts}
-        places = [word for name, place in options.items() if name in known for word in (name, str(place))]
-        app([group, verb, *map(str, words), *places], standalone_mode=False)
+    @property
+    def updates(self) -> Updates:
+        return Updates(self.base, self.site.base / "cloud", self.base / "releases")
 
     def name_canary(self, serial: str) -> None:
         """One unit is the canary, for the fleet and by two signatures."""
-        self.command("fleet", "ring", "canary", serial)
-        self.command("keys", "canaries", serial)
+        self.updates.command("fleet", "ring", "canary", serial)
+        self.updates.command("keys", "canaries", serial)
         for holder in ("holder-1", "holder-2"):
-            self.command("keys", "sign", "--keys", self.base / "keys" / holder)
+            self.updates.command("keys", "sign", "--keys", self.updates.keys(holder))
 
     def build(self, version: str, *older: Path, change: tuple[str, str, str] | None = None) -> Path:
         """A release for devices from the tree as it stands; `change` replaces words in a file first. Its archive."""
@@ -77,12 +65,12 @@ class Shipping:
 
     def publish(self, version: str) -> None:
         """Sign a release for the canaries, and put it where units fetch it."""
-        keys = [word for name in ("builder", "online") for word in ("--keys", self.base / "keys" / name)]
-        self.command("fleet", "release", version, *keys)
+        keys = [word for name in ("builder", "online") for word in ("--keys", self.updates.keys(name))]
+        self.updates.command("fleet", "release", version, *keys)
 
     def start(self, version: str) -> str:
         """Bring a release to the canary ring; the job."""
-        self.command("fleet", "canary", version)
+        self.updates.command("fleet", "canary", version)
         (job,) = self.fleet.active_updates(Ring.CANARY)
         return job.name
 
