@@ -139,7 +139,7 @@ def pack(release: Path, output: Path, older: Sequence[Path] = ()) -> Built:
         older: archives of releases that units may run.
 
     Raises:
-        ReleaseError: an older archive is none, or the very release that is packed.
+        ReleaseError: an older archive is none, or the very release that is packed; `output` holds something else.
     """
     manifest = archive.Manifest.parse((release / archive.MANIFEST).read_bytes())
     stem = f"{manifest.product}-agent-{manifest.version}"
@@ -215,7 +215,13 @@ def _payload(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _new_directory(output: Path) -> Iterator[Path]:
-    """A directory that takes its name when it is whole."""
+    """A directory that takes its name when it is whole.
+
+    Raises:
+        ReleaseError: what it would take the place of is no release.
+    """
+    if output.exists() and not (output.is_dir() and ((output / DESCRIPTION).is_file() or not any(output.iterdir()))):
+        raise ReleaseError(f"{output} is there already and is no release: name a new directory by --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         new = Path(folder, "new")

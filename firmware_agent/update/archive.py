@@ -82,8 +82,9 @@ class Manifest:
     def __post_init__(self) -> None:
         if not _is_word(self.product):
             raise BadArchive(f"the manifest's product is {self.product!r}")
-        if not _is_version(self.version) or not (self.min_from is None or _is_version(self.min_from)):
-            raise BadArchive(f"the manifest's version is {self.version!r}, min_from {self.min_from!r}")
+        for name, value in (("version", self.version), ("min_from", self.min_from)):
+            if not _is_version(value) and (name == "version" or value is not None):
+                raise BadArchive(f"the manifest's {name} is {value!r}, and not two to four numbers like 1.2.0")
         if type(self.security_version) is not int or not 0 <= self.security_version < 1 << 31:
             raise BadArchive(f"the manifest's security_version is {self.security_version!r}")
         if not self.hardware or not all(_is_word(name) for name in self.hardware):

@@ -257,6 +257,7 @@ def test_a_delta_leads_from_an_installed_release_to_the_new_one(tmp_path: Path, 
 def test_building_again_takes_the_place_of_what_was_there(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "left over").touch()
+    (tmp_path / "out" / "release.json").touch()
     (tmp_path / "work").mkdir()
 
     pack(simulated_release(tmp_path / "work", recipe, "1.2.0"), tmp_path / "out")
@@ -266,6 +267,20 @@ def test_building_again_takes_the_place_of_what_was_there(tmp_path: Path, recipe
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_is_no_release_is_not_replaced_by_one(tmp_path: Path, recipe: Recipe, *, folder: bool) -> None:
+    """`--output build/updates` would have removed every key of the fleet."""
+    kept = tmp_path / "out" / "keys" if folder else tmp_path / "out"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("precious")
+    (tmp_path / "work").mkdir()
+
+    with pytest.raises(ReleaseError, match="is there already and is no release"):
+        pack(simulated_release(tmp_path / "work", recipe, "1.2.0"), tmp_path / "out")
+
+    assert kept.read_text() == "precious"
 
 
 def test_an_older_archive_that_is_none_is_named_and_nothing_is_left(tmp_path: Path, recipe: Recipe) -> None:
@@ -291,7 +306,8 @@ def test_an_older_archive_that_is_none_is_named_and_nothing_is_left(tmp_path: Pa
     ("words", "code", "reason"),
     [
         (["--for", "toaster"], 2, "say device or simulated"),
-        (["--for", "simulated", "--version", "latest"], 2, "'latest'"),
+        (["--for", "simulated", "--version", "latest"], 2, "version is 'latest', and not two to four numbers"),
+        (["--for", "simulated", "--min-from", "v1.0"], 2, "min_from is 'v1.0', and not two to four numbers"),
         (["--for", "simulated", "--from", "missing"], 2, "cannot be read"),
         (["--recipe", "missing"], 2, "cannot be read"),
     ],
