@@ -34,6 +34,8 @@ SETTINGS: Final = "settings"
 _FEATURE: Final = "shadow"
 _TRIES: Final = 5  # to write over somebody else's changes
 _TICK_SECONDS: Final = 1.0
+#: What rings here is often an alarm, which is on its way meanwhile and must not wait for the shadow's words about it.
+_AFTER_ALARMS_SECONDS: Final = 0.1
 _MOST_REJECTED: Final = 8
 _LONGEST_REASON: Final = 160
 _LONGEST_NAME: Final = 64
@@ -417,6 +419,7 @@ class Shadows:
         heard = False
         try:
             bell = self._bells.get(timeout=_TICK_SECONDS)
+            time.sleep(_AFTER_ALARMS_SECONDS)
             while True:
                 heard = True
                 if bell is not None:
