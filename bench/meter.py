@@ -26,7 +26,7 @@ class Meter:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._chunks: list[Chunk] = []
-        self._heard = threading.Condition()
+        self._heard = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._wake, self._woken = socket.socketpair()
@@ -47,22 +47,17 @@ class Meter:
         with self._heard:
             return [chunk for chunk in self._chunks if chunk.at >= since]
 
-    def wait_sent(self, since: float, least: int, seconds: float) -> float:
-        """When the device first sent `least` bytes or more at once after `since`.
+    def last_sent(self, since: float, until: float, least: int) -> float:
+        """When the device last sent `least` bytes or more at once in this span of the monotonic clock.
 
         Raises:
-            TimeoutError: it did not.
+            LookupError: it did not.
         """
-        deadline = time.monotonic() + seconds
         with self._heard:
-            while True:
-                for chunk in reversed(self._chunks[-50:]):
-                    if chunk.at < since:
-                        break
-                    if chunk.sent and chunk.size >= least:
-                        return chunk.at
-                if not self._heard.wait(deadline - time.monotonic()):
-                    raise TimeoutError(f"nothing was sent in {seconds:g} s")
+            for chunk in reversed(self._chunks):
+                if chunk.sent and chunk.size >= least and since <= chunk.at <= until:
+                    return chunk.at
+        raise LookupError(f"nothing of {least} bytes was sent")
 
     def _serve(self) -> None:
         while True:
@@ -97,7 +92,6 @@ class Meter:
         if data:
             with self._heard:
                 self._chunks.append(Chunk(time.monotonic(), len(data), sent))
-                self._heard.notify_all()
             with suppress(OSError):
                 other.sendall(data)
                 return
