@@ -5,8 +5,7 @@ Exit codes:
     1   a fault of the unit; the message says which
     2   wrong arguments
     3   a mistake in this program: a traceback precedes it
-    4   run: halted, because the device key is gone (no TPM where one is configured, a key that cannot be used);
-        starting again would not help, so the unit file says RestartPreventExitStatus=4 78
+    4   run: halted, because the device key is gone (no TPM where one is configured, a key that cannot be used)
     5   run: another release is in force now; to be started again at once
     78  the settings cannot be used (EX_CONFIG of sysexits.h); run: not even in safe mode, with what can be read of them
 """

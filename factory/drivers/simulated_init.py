@@ -7,9 +7,9 @@ so a SIGKILL to that group is what a power cut is to a board: everything ends be
 input is the supply: when the station's end of the pipe closes, however the station ended, the power is gone.
 
 What it takes over from image/files/usr/lib/systemd/system/picket-agent.service: `Type=notify` (READY=1, WATCHDOG=1,
-STATUS=, from the main process only), `WatchdogSec` and `TimeoutStartSec`, `Restart=always` with growing pauses, and
-`RestartPreventExitStatus`. As picket-reboot.path does, it looks for a file that asks for a reboot; it then ends the
-product politely and itself with `EXIT_REBOOT`, and the board boots again.
+STATUS=, from the main process only), `WatchdogSec` and `TimeoutStartSec`, and `Restart=always` with growing pauses. As
+picket-reboot.path does, it looks for a file that asks for a reboot; it then ends the product politely and itself with
+`EXIT_REBOOT`, and the board boots again.
 
 It says what happens on standard output, where the product's own words go too.
 """
@@ -33,8 +33,6 @@ from typing import Any, Final
 EXIT_REBOOT: Final = 64
 #: The product's exit code for "another release is in force: start me again at once" (firmware_agent.__main__).
 EXIT_RESTART: Final = 5
-#: Exit codes after which starting again would change nothing: no key, no usable settings.
-HALTED: Final = frozenset({4, 78})
 
 _POLL_SECONDS: Final = 0.05
 #: A product that ran for so long did not fail at its start: the pauses begin anew.
@@ -85,13 +83,11 @@ class Config:
         path.write_text(json.dumps({member.name: getattr(self, member.name) for member in fields(self)}))
 
 
-def pause(code: int, quick_failures: int, config: Config) -> float | None:
-    """Seconds until the product is started again after it ended with `code`; None for never.
+def pause(code: int, quick_failures: int, config: Config) -> float:
+    """Seconds until the product is started again after it ended with `code`.
 
     `quick_failures` counts the starts in a row that did not come to a steady run.
     """
-    if code in HALTED:
-        return None
     if code == EXIT_RESTART:
         return 0.0
     return float(min(config.restart_seconds * 2 ** min(quick_failures, 16), config.restart_max_seconds))
@@ -207,7 +203,7 @@ def _sender(ancillary: list[tuple[int, int, bytes]]) -> int:
 
 
 def supervise(config: Config, ears: Ears) -> int:
-    """Keep the product running until it is halted or asks for a reboot.
+    """Keep the product running until it asks for a reboot.
 
     Returns:
         EXIT_REBOOT.
@@ -217,9 +213,9 @@ def supervise(config: Config, ears: Ears) -> int:
     """
     product: Product | None = None
     failures = 0
-    start_at: float | None = 0.0
+    start_at = 0.0
     while True:
-        if product is None and start_at is not None and time.monotonic() >= start_at:
+        if product is None and time.monotonic() >= start_at:
             product = Product(config)
         for sender, message in ears.listen(_POLL_SECONDS):
             if product is not None:
@@ -238,16 +234,14 @@ def supervise(config: Config, ears: Ears) -> int:
             failures = 0 if lasted >= _STEADY_SECONDS or code == EXIT_RESTART else failures + 1
             wait = pause(code, max(failures - 1, 0), config)
             say(f"the product ended with {_called(code)} after {lasted:.1f} s; " + _next(wait))
-            product, start_at = None, None if wait is None else time.monotonic() + wait
+            product, start_at = None, time.monotonic() + wait
 
 
 def _called(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else str(code)
 
 
-def _next(wait: float | None) -> str:
-    if wait is None:
-        return "it is not started again"
+def _next(wait: float) -> str:
     return f"started again in {wait:.1f} s" if wait else "started again at once"
 
 
