@@ -3,6 +3,7 @@
 In safe mode only an update is taken: it is what can mend the unit.
 """
 
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -96,7 +97,9 @@ def kinds(means: Means) -> list[Kind]:
     trust = Trust.of(settings, means.link.serial, lambda: _now(means), authorities)
     releases = Releases(settings.paths.releases, settings.paths.state)
     hardware = board.facts().compatible
-    update = Update(releases, means.release, hardware, trust, means.link, gate, limits, get=get)
+    update = Update(
+        releases, means.release, hardware, trust, means.link, gate, limits, get=get, deadline=_set_launchers_timer
+    )
     if means.safe_mode is not None:
         return [update]
 
@@ -113,6 +116,11 @@ def kinds(means: Means) -> list[Kind]:
         Configure(settings.paths.tuning, settings.tuning, means.tune),
         Rotation(means.link, means.store, settings.paths.identity, board.facts().serial),
     ]
+
+
+def _set_launchers_timer(seconds: int) -> None:
+    """The launcher starts a trial against this timer (`launcher.TRIAL_SECONDS`); it ends the process."""
+    signal.alarm(seconds)
 
 
 def downloader(authorities: str) -> Callable[..., Path]:

@@ -10,6 +10,8 @@ writes the decision down, and becomes the agent by exec.
   started more often than its limit, whatever dies with it. When the attempt cannot be counted (disk full, read-only),
   the release before it is started.
 - A committed release is started whatever happens to the disk: counting its starts is of second rank.
+- A trial runs against a timer that only its commit stops: a release that starts, feeds the watchdog and never comes to
+  its health gate is ended by the kernel, as often as it takes to go back.
 - An unreadable boot.json is taken for an empty one.
 
 `boot.json` in the state directory, replaced as a whole by rename:
@@ -32,6 +34,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -47,6 +50,9 @@ STEADY_STARTS: Final = 5
 #: Seconds to wait before the second, third, … start of a committed release that never came to be steady; then the last
 #: one each time. The service manager starts it again at once, since an update is a restart, and never gives up.
 PAUSES: Final = (0.0, 0.0, 1.0, 3.0, 10.0, 20.0)
+
+#: Seconds that one start of a trial has. Its health gate, once it is there, sets the timer anew by what it may take.
+TRIAL_SECONDS: Final = 1800
 
 #: The exit code when there is nothing to start (EX_CONFIG of sysexits.h).
 NOTHING_TO_START: Final = 78
@@ -381,6 +387,9 @@ def start(plan: Plan, directory: Path, library: Path | None, arguments: list[str
         say(f"{plan.release} was not steady in {STEADY_STARTS} starts: safe mode")
     command = [sys.executable, "-P", "-m", "firmware_agent", *arguments]
     variables = environment(directory / "releases" / plan.release, library, safe_mode=plan.safe_mode)
+    if plan.instead != plan.release:  # on trial, and there is one to go back to
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(TRIAL_SECONDS)  # it goes on counting over exec
     os.execve(sys.executable, command, variables)  # noqa: S606
 
 
@@ -403,6 +412,8 @@ def main(arguments: list[str]) -> int:
             time.sleep(wait)
         start(plan, directory, options.library, options.rest)
     say(f"there is no whole release in {directory / 'releases'}: write the image anew")
+    if not options.no_wait:
+        time.sleep(PAUSES[-1])  # a disk that could not be read may be readable then
     return NOTHING_TO_START
 
 

@@ -49,6 +49,9 @@ _FRESH_URLS: Final = 5
 
 _TICK_SECONDS: Final = 1.0
 
+#: What a trial has beyond its gate's own limits: to commit, or to go back.
+_SPARE_SECONDS: Final = 600
+
 #: What a board needs at worst to come up again and set its clock, beside what a trial needs. In minutes.
 RESTART_MINUTES: Final = 10
 
@@ -106,6 +109,7 @@ class Update:
         limits: of a trial.
         get: downloads a payload.
         clock: monotonic seconds.
+        deadline: so many seconds from now the launcher's timer ends a trial; 0 stops the timer.
     """
 
     operation = "update"
@@ -122,6 +126,7 @@ class Update:
         *,
         get: Callable[..., Path] = download.download,
         clock: Callable[[], float] = time.monotonic,
+        deadline: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._releases = releases
         self._running = running
@@ -132,6 +137,7 @@ class Update:
         self._limits = limits or Limits()
         self._download_payload = get
         self._clock = clock
+        self._deadline = deadline
         self._target: tuple[Key, Target] | None = None
         trial = self._limits.minutes
         self.phases = (
@@ -255,6 +261,7 @@ class Update:
         if self._running != release:
             instead = f"{self._running} was started instead of {release}"
             return Failed("crashed", self._given_up(context.key) or instead)
+        self._deadline(int(self._limits.health_seconds + self._limits.soft_seconds) + _SPARE_SECONDS)
         if (problem := until(self._health, self._limits.health_seconds, context, self._clock)) is not None:
             return Failed("unhealthy", f"{release}: {problem}")
         if not context.memo.get("online", True):
@@ -271,6 +278,7 @@ class Update:
     def _commit(self, context: Context) -> Result:
         release = context.memo["release"]
         self._releases.commit()
+        self._deadline(0)
         try:
             self._trust.commit(self._releases.manifest(release).security_version)
         except OSError as error:

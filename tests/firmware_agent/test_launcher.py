@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +21,10 @@ OLD, NEW, OLDER = "1.0.0-0000000a", "1.10.0-0000000b", "0.9.0-0000000c"
 
 #: A release that says who it is, and what it was given.
 PROGRAM = """
-import json, os, sys
+import json, os, signal, sys
 import helper
 names = ("PICKET_RELEASE", "PICKET_SAFE_MODE", "PYTHONDONTWRITEBYTECODE")
-print(json.dumps({"arguments": sys.argv[1:], "helper": helper.WHOSE, "path": sys.path[:3]}
+print(json.dumps({"arguments": sys.argv[1:], "helper": helper.WHOSE, "path": sys.path[:3], "timer": signal.alarm(0)}
     | {name: os.environ.get(name) for name in names}))
 """
 
@@ -94,11 +95,32 @@ def test_the_current_release_is_started_with_its_own_packages_first(board: Board
         "arguments": ["run", "--verbose"],
         "helper": OLD,
         "path": [str(release), str(release / "lib"), *board.start()["path"][2:]],
+        "timer": 0,
         "PICKET_RELEASE": OLD,
         "PICKET_SAFE_MODE": None,
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     assert list(release.rglob("__pycache__")) == []
+
+
+def test_a_trial_runs_against_a_timer_while_there_is_a_release_to_go_back_to(board: Board) -> None:
+    board.point(current=NEW)
+    board.write(on_trial())
+
+    assert 0 < board.start()["timer"] <= launcher.TRIAL_SECONDS
+
+    shutil.rmtree(board.directory / "releases" / OLD)
+    shutil.rmtree(board.directory / "releases" / OLDER)
+    assert board.start()["timer"] == 0
+
+
+def test_the_service_manager_starts_the_agent_again_whatever_its_exit_code() -> None:
+    """A release on trial that ends by "my key is gone" would else stay down, and the launcher never go back."""
+    unit = Path("image/files/usr/lib/systemd/system/picket-agent.service").read_text().splitlines()
+
+    assert "Restart=always" in unit
+    assert "StartLimitIntervalSec=0" in unit
+    assert [line for line in unit if line.startswith("RestartPreventExitStatus")] == []
 
 
 def test_a_release_without_packages_finds_those_of_the_library(board: Board, tmp_path: Path) -> None:

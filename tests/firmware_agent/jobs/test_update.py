@@ -219,6 +219,19 @@ def test_a_release_that_dies_at_every_start_is_given_up_by_the_launcher_and_repo
     assert away.unit.releases.rolled_back() is None
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+def test_only_the_commit_stops_the_launchers_timer(away: Field, *, healthy: bool) -> None:
+    away.unit.limits = replace(away.unit.limits, health_seconds=0.5, soft_seconds=7200.0)
+    away.unit.healthy = healthy
+    away.offer()
+
+    away.live()
+
+    gate, *then = away.unit.deadlines
+    assert gate > 7200
+    assert then == ([0] if healthy else [])
+
+
 def test_a_release_that_dies_once_and_then_proves_itself_is_kept(away: Field, goods: Goods) -> None:
     away.offer()
 

@@ -275,6 +275,7 @@ class Unit:
     limits: Limits = field(default_factory=lambda: Limits(0.0, 0.0, 3))
     kinds: Callable[[str], list[Kind]] | None = None
     runner: Runner | None = None
+    deadlines: list[int] = field(default_factory=list)
 
     @property
     def opt(self) -> Path:
@@ -316,6 +317,7 @@ class Unit:
             get=functools.partial(
                 download.download, delay=lambda _: 0.0, limits=download.Limits(attempts=2, chunk_attempts=2)
             ),
+            deadline=self.deadlines.append,
         )
 
     def process(self, name: str, stop: threading.Event) -> bool:
