@@ -67,7 +67,7 @@ build/updates/repository/root.json: | $(VENV)/.station
 image: setup $(VENV)/.station build/updates/repository/root.json ## build the OS image into build/image
 	@$(BIN)/python -m image build
 
-release: $(VENV)/.station ## build a release of the agent; VERSION=1.2.0 FOR=simulated FROM=older.tar.zst
+release: $(VENV)/.station ## build a release of the agent: VERSION=1.2.0 FROM=old.tar.zst
 	@if [ "$(or $(FOR),device)" = device ]; then sh image/setup.sh; fi
 	@$(BIN)/python -m image release --for $(or $(FOR),device) $(if $(VERSION),--version $(VERSION)) $(foreach old,$(FROM),--from $(old))
 

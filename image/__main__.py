@@ -43,6 +43,7 @@ def build(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Build the image: raw, zstd, block map and description."""
+    wanted = load(recipe)
     if not no_updates and not update_root.is_file():
         raise RecipeError(
             f"there is no update root at {update_root}, without which units could never trust a release: make the keys"
@@ -51,7 +52,7 @@ def build(
     clock = Clock()
     trusted = None if no_updates else update_root
     with _shown(clock, quiet=json_output) as stage:
-        manifest = build_image(load(recipe), output.resolve(), cache.resolve(), key, trusted, stage)
+        manifest = build_image(wanted, output.resolve(), cache.resolve(), key, trusted, stage)
     if json_output:
         print(json.dumps({"manifest": str(output / "picket.json"), "sha256": manifest.sha256,  # noqa: T201
                           "size": manifest.size, "seconds": clock.seconds}))  # fmt: skip
