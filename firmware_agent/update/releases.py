@@ -16,10 +16,13 @@ The way of an update, each step durable before the next begins:
 At any moment there is a whole release to start: see tests/firmware_agent/test_power_cuts.py.
 """
 
+import functools
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Concatenate, Final, ParamSpec, TypeVar
 
 from firmware_agent import files, launcher
 from firmware_agent.launcher import Boot, RolledBack, Trial
@@ -27,6 +30,26 @@ from firmware_agent.update import BadArchive, InstallFault, NoSpace, disk_fault
 from firmware_agent.update.archive import Digest, Manifest, digest, release_name, unpack
 
 _UNFINISHED: Final = ".tmp-"
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+#: boot.json is read, changed and written by the jobs' thread and by the house's: one `Releases` each, one file.
+_BOOT_LOCK: Final = threading.Lock()
+
+
+def _alone(
+    step: "Callable[Concatenate[Releases, _P], _T]",
+) -> "Callable[Concatenate[Releases, _P], _T]":
+    """While one thread changes boot.json, no other does: a trial must neither get lost nor come back."""
+
+    @functools.wraps(step)
+    def locked(self: "Releases", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _BOOT_LOCK:
+            return step(self, *args, **kwargs)
+
+    return locked
+
 
 #: Room that an update leaves for everything else: alarms come first.
 RESERVE_BYTES: Final = 32 << 20
@@ -142,6 +165,7 @@ class Releases:
             raise
         return name
 
+    @_alone
     def begin_trial(self, name: str, *, job: str, limit: int = 3) -> Trial:
         """Say durably that `name` is on trial, from the current release. It is not switched to yet.
 
@@ -175,6 +199,7 @@ class Releases:
         """
         self._point("current", self._on_trial().release)
 
+    @_alone
     def commit(self) -> None:
         """The current release has proved itself: it is no trial any more. Without a trial, nothing happens.
 
@@ -189,6 +214,7 @@ class Releases:
         self._point("previous", boot.trial.origin)
         self._write(Boot())
 
+    @_alone
     def roll_back(self, reason: str) -> str:
         """Give the release on trial up, and make the one before it current; the agent ends with EXIT_RESTART then.
 
@@ -206,6 +232,7 @@ class Releases:
         self._point("current", trial.origin)
         return trial.origin
 
+    @_alone
     def discard_trial(self) -> None:
         """Forget a trial that was not switched to (the job was cancelled). Without a trial, nothing happens.
 
@@ -219,6 +246,7 @@ class Releases:
             raise InstallFault(f"{boot.trial.release} is on trial and current: it can only be rolled back")
         self._write(replace(boot, trial=None))
 
+    @_alone
     def forget_rolled_back(self) -> None:
         """The roll back was reported. It is finished first, if the power failed in its middle."""
         boot = self._read()
@@ -228,6 +256,7 @@ class Releases:
             self._point("current", boot.rolled_back.to)
         self._write(replace(boot, rolled_back=None))
 
+    @_alone
     def steady(self) -> None:
         """The committed release runs well: its starts are counted from zero again."""
         boot = self._read()

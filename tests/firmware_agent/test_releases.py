@@ -4,13 +4,16 @@ import errno
 import io
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from firmware_agent import files, launcher
-from firmware_agent.launcher import RolledBack, Trial
+from firmware_agent.launcher import Boot, RolledBack, Trial
 from firmware_agent.update import BadArchive, InstallFault, NoSpace, archive
 from firmware_agent.update.archive import Manifest
 from firmware_agent.update.releases import RESERVE_BYTES, Expected, Releases, check_room, room_needed
@@ -306,6 +309,34 @@ def test_a_steady_agent_starts_from_zero_again(releases: Releases) -> None:
     releases.steady()
 
     assert launcher.read_boot(releases.directory.parent / "state/boot.json").unsteady == 0
+
+
+def test_a_word_of_being_steady_neither_loses_a_trial_nor_brings_one_back(
+    releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The house says it on a thread of its own, in the middle of whatever the jobs do."""
+    new, state = install(releases, tmp_path, "1.1.0"), tmp_path / "state"
+    start(releases)
+    read, spoken = launcher.read_boot, threading.Event()
+
+    def slow_read(path: Path) -> Boot:
+        boot = read(path)
+        if threading.current_thread() is not threading.main_thread():
+            spoken.set()
+            time.sleep(0.1)  # between reading and writing
+        return boot
+
+    monkeypatch.setattr(launcher, "read_boot", slow_read)
+    for step, trial in ((lambda: releases.begin_trial(new, job="job-1"), True), (releases.commit, False)):
+        launcher.write_durably(state / "boot.json", replace(read(state / "boot.json"), unsteady=2).to_bytes())
+        house = threading.Thread(target=Releases(releases.directory, state).steady)
+        spoken.clear()
+        house.start()
+        assert spoken.wait(20)
+        step()
+        house.join()
+        assert (releases.trial() is not None) is trial
+        releases.switch() if trial else None
 
 
 # --- garbage ------------------------------------------------------------------------------------------------------
