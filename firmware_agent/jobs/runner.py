@@ -189,7 +189,8 @@ class Runner:
         self._sweep(None)
         for kind in self._kinds.values():
             orphan = kind.orphan()
-            if orphan is not None and (last is None or orphan.key != last.key):
+            # One that was ended here stays ended, unless it was refused: by a process in safe mode, say.
+            if orphan is not None and (last is None or orphan.key != last.key or not last.phase):
                 _log.warning("%s of job %s goes on without its journal", kind.operation, orphan.key)
                 self._drive(kind, *machine.adopt(orphan.key, kind, orphan.phase, orphan.memo))
                 return

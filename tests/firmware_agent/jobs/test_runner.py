@@ -10,7 +10,7 @@ import pytest
 
 from firmware_agent import files
 from firmware_agent.jobs import runner as runners
-from firmware_agent.jobs.kind import Context, Done, Failed, Kind, Next, Phase, Rejected, Restart, Result
+from firmware_agent.jobs.kind import Context, Done, Failed, Key, Kind, Next, Orphan, Phase, Rejected, Restart, Result
 from firmware_agent.jobs.runner import Runner, due
 from firmware_agent.jobs.service import Service, clean, clean_all
 from firmware_agent.jobs.single import Single
@@ -137,6 +137,23 @@ def test_in_safe_mode_other_jobs_fail_so_that_they_can_be_tried_again(stand: Sta
 
     assert stand.reports == ["FAILED interrupted"]
     assert "safe mode" in stand.reason()
+
+
+def test_what_safe_mode_could_not_carry_to_its_end_is_gone_on_with_in_ordinary_times(stand: Stand) -> None:
+    """A rotation between its two certificates, for one: nobody else would ever decide between them."""
+    stand.service.create("j", DOCUMENT, SERIAL)
+    begun = Scripted(stand.phase("work", Restart(), bound=True), stand.phase("more", bound=True))
+    stand.process(begun)
+    stand.process(safe_mode=True)
+    told = stand.reports
+
+    begun.orphan = lambda: Orphan(Key("j", 1), "more")  # type: ignore[method-assign]
+    stand.process(begun)
+    begun.orphan = lambda: None  # type: ignore[method-assign]
+    stand.process(begun)
+
+    assert told == ["IN_PROGRESS work", "FAILED interrupted"]
+    assert stand.said == ["work", "more"]
 
 
 # --- the way of a job ---------------------------------------------------------------------------------------------
