@@ -142,13 +142,14 @@ def release(
     """
     fleet, repo = _open(target, state), Repository(repository)
     if version is not None and not any(each.version == version for each in repo.releases(Ring.CANARY)):
-        repo.add(releases / version / "release.json", Ring.CANARY)
+        repo.add(releases / version / "release.json", Ring.CANARY, version=version)
     if keys:
         _sign_and_publish(repo, keys, passphrase_file)
     if version is not None and not any(each.version == version for each in repo.releases(Ring.CANARY)):
-        missing = ", ".join(f"{role} ({repo.signing(role)})" for role in repo.staged_roles())
+        missing = "; ".join(str(repo.signing(role)) for role in repo.staged_roles())
         raise NotYet(
-            f"{version} is staged but not in force; waiting: {missing}. Say --keys, or `keys sign` and `publish`"
+            f"{version} is staged but not in force: {missing}. Give the builder's and the online keys by --keys, or"
+            " `python -m cloud keys sign`, then `python -m cloud keys publish`"
         )
     done = fleet.upload(repo)
     if as_json:

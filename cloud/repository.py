@@ -23,11 +23,13 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -74,6 +76,10 @@ from cloud.roles import (
 __all__ = ["Published", "Release", "Repository", "RoleStatus", "Signing", "canary_role", "version_key"]
 
 _S = TypeVar("_S", bound=Signed)
+
+#: What units take for a version and for a digest (`firmware_agent.update.target`).
+_VERSION = re.compile(r"(?:0|[1-9][0-9]{0,5})(?:\.(?:0|[1-9][0-9]{0,5})){1,3}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -262,13 +268,14 @@ class Repository:
 
     # --- changing; everything is staged first
 
-    def add(self, description: Path, ring: str, keep: int = KEEP) -> str:
+    def add(self, description: Path, ring: str, keep: int = KEEP, *, version: str | None = None) -> str:
         """Copy a built release into the repository and stage its listing.
 
         Args:
             description: `release.json` of `python -m image release`; its files lie beside it.
             ring: `canary` or `main`.
             keep: how many releases the ring lists afterwards; the oldest others leave with their deltas.
+            version: what the description must say, if that is known.
 
         Returns:
             Its target path.
@@ -280,6 +287,9 @@ class Repository:
             release = _description(description)
             if release["product"] != self.product:
                 raise RepositoryFault(f"{description} is a release of {release['product']}, not of {self.product}")
+            _check_fields(release)
+            if version is not None and release["version"] != version:
+                raise RepositoryFault(f"{description} describes {release['version']}, not {version}; build it again")
             targets = describe(release, ring)
         except (KeyError, TypeError) as error:
             raise RepositoryFault(f"{description} describes no release: {error} is missing or malformed") from error
@@ -307,7 +317,11 @@ class Repository:
         source = next((release for release in self.releases("canary") if release.version == version), None)
         canary = self.in_force(canary_role(self.product))
         if source is None or canary is None:
-            raise RepositoryFault(f"the canaries have no release {version}")
+            others = ", ".join(release.version for release in self.releases("canary")) or "none"
+            raise RepositoryFault(
+                f"the canaries have no release {version} (they have: {others}):"
+                f" `python -m cloud fleet release {version}` with the builder's and the online keys comes first"
+            )
         with self._locked(), self._edit(self.product, Targets) as signed:
             unlist(signed, version)
             for path, stored in source.files.items():
@@ -549,11 +563,40 @@ def _sign_online(metadata: Metadata[Any], root: Metadata[Any], role: str, signer
 def _description(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RepositoryFault(f"there is no {path}: `make release` with that VERSION builds it") from None
     except (OSError, ValueError) as error:
-        raise RepositoryFault(f"{path} is no description of a release: {error}") from error
+        raise RepositoryFault(f"{path} is no description of a release: {error}; build the release again") from error
     if not isinstance(value, dict) or value.get("format") != 1 or not {"kind", "archive", "deltas"} <= set(value):
         raise RepositoryFault(f"{path} is no description of a release; `python -m image release` writes one")
     return value
+
+
+def _check_fields(release: Mapping[str, Any]) -> None:
+    """Refuse what units would refuse, before it is signed; the files themselves are checked by `_copy`.
+
+    Raises:
+        KeyError, TypeError: it is missing or malformed.
+    """
+    archive, deltas = release["archive"], release["deltas"]
+    files = [archive, *deltas]
+    digests = [archive["tar_sha256"], *(each[end] for each in deltas for end in ("from", "to"))]
+    checks = {
+        "version": isinstance(release["version"], str) and _VERSION.fullmatch(release["version"]),
+        "security_version": _is_count(release["security_version"], 0),
+        "hardware": isinstance(release["hardware"], list)
+        and all(isinstance(each, str) for each in release["hardware"]),
+        "tar_size": _is_count(archive["tar_size"], 1),
+        "chunk_bytes": all(_is_count(each["chunk_bytes"], 1) for each in files),
+        "digest": all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in digests),
+    }
+    for name, right in checks.items():
+        if not right:
+            raise TypeError(repr(name))
+
+
+def _is_count(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 31
 
 
 def _copy(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
@@ -562,9 +605,10 @@ def _copy(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
         with source.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = source.stat().st_size
+        chunks = _chunks(source, entry["chunk_bytes"]) if "chunks" in entry else None
     except OSError as error:
         raise RepositoryFault(f"{source} cannot be read: {error.strerror}") from error
-    if (digest, size) != (entry["sha256"], entry["length"]):
+    if (digest, size, chunks) != (entry["sha256"], entry["length"], entry.get("chunks")):
         raise RepositoryFault(f"{source} is not the file that its description names; build the release again")
     if target.exists():
         return
@@ -572,6 +616,12 @@ def _copy(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
     new = target.with_name(f".{target.name}.new")
     shutil.copyfile(source, new)
     _settle(new, target)
+
+
+def _chunks(path: Path, length: int) -> list[str]:
+    """SHA-256 of each piece of a file."""
+    with path.open("rb") as file:
+        return [hashlib.sha256(piece).hexdigest() for piece in iter(partial(file.read, length), b"")]
 
 
 def _read(path: Path) -> Metadata[Any]:

@@ -327,7 +327,18 @@ def test_the_roles_of_a_product_never_overlap() -> None:
         (lambda folder: (folder / "release.json").write_text("{"), "no description of a release"),
         (lambda folder: (folder / "release.json").write_text("[]"), "no description of a release"),
         (lambda folder: _without(folder / "release.json", "version"), "describes no release: 'version'"),
-        (lambda folder: (folder / "release.json").unlink(), "no description of a release"),
+        (lambda folder: (folder / "release.json").unlink(), "`make release` with that VERSION builds it"),
+        (lambda folder: _with(folder / "release.json", "version", 3), "'version' is missing or malformed"),
+        (lambda folder: _with(folder / "release.json", "version", "latest"), "'version' is missing or malformed"),
+        (lambda folder: _with(folder / "release.json", "version", "1.3.0"), r"describes 1\.3\.0, not 1\.2\.0"),
+        (lambda folder: _with(folder / "release.json", "security_version", "1"), "'security_version' is missing or"),
+        (lambda folder: _with(folder / "release.json", "hardware", "board"), "'hardware' is missing or malformed"),
+        (lambda folder: _with(folder / "release.json", "archive", []), "describes no release"),
+        (lambda folder: _with(folder / "release.json", "archive.chunks", "x"), "not the file that its"),
+        (lambda folder: _with(folder / "release.json", "archive.chunk_bytes", "x"), "'chunk_bytes' is missing or"),
+        (lambda folder: _with(folder / "release.json", "archive.tar_sha256", "x"), "'digest' is missing or malformed"),
+        (lambda folder: _with(folder / "release.json", "deltas", "x"), "describes no release"),
+        (lambda folder: _with(folder / "release.json", "deltas", 3), "describes no release"),
     ],
 )
 def test_a_release_that_is_not_what_it_says_is_not_taken(
@@ -337,9 +348,18 @@ def test_a_release_that_is_not_what_it_says_is_not_taken(
     change(description.parent)
 
     with pytest.raises(RepositoryFault, match=reason):
-        world.repository.add(description, "main")
+        world.repository.add(description, "main", version="1.2.0")
 
     assert world.repository.staged_roles() == ()
+
+
+def _with(path: Path, keys: str, new: object) -> None:
+    value = found = json.loads(path.read_text())
+    *outer, last = keys.split(".")
+    for key in outer:
+        found = found[key]
+    found[last] = new
+    path.write_text(json.dumps(value))
 
 
 def _without(path: Path, key: str) -> None:
