@@ -420,6 +420,8 @@ class Link:
 
     def _go_on(self, up: "_Up") -> None:
         now = time.monotonic()
+        if up.hello_at is not None and self._quarantine.held(topics.HELLO, now) is not None:
+            up.hello_at, up.greeted = None, True  # the broker hangs up on it: alarms come first
         if up.hello_at is not None and now >= up.hello_at:
             up.hello_at = None
             sent = up.session.publish(topics.data_topic(self.serial, topics.HELLO), self._hello())
@@ -452,9 +454,10 @@ class Link:
         self._inbox.put(_Subscribed(session, subscription, made.exception()))
 
     def _said_hello(self, up: "_Up", error: BaseException | None) -> None:
-        if error is None or isinstance(error, NotAllowedError):  # alarms do not wait for a policy without hello
-            up.greeted = True
-        else:
+        up.greeted = (
+            True  # alarms wait neither for a policy without hello nor for an acknowledgement that does not come
+        )
+        if error is not None and not isinstance(error, NotAllowedError):
             _log.warning("hello was not delivered: %s", error)
             up.hello_at = time.monotonic() + RETRY_SECONDS
 

@@ -262,8 +262,12 @@ def test_heartbeats_that_are_refused_do_not_hold_up_alarms(unit: Unit, ca: Ca, s
         wait_for(lambda: len(running.spool) == 300)
 
 
-def test_a_refused_hello_does_not_hold_up_alarms(unit: Unit, ca: Ca, strict: StrictBroker) -> None:
-    strict.judge = lambda _, topic: "refuse" if topic.endswith("hello") else "fine"
+@pytest.mark.parametrize("verdict", ["refuse", "hang up", "ignore"])
+def test_a_refused_hello_does_not_hold_up_alarms(
+    unit: Unit, ca: Ca, strict: StrictBroker, monkeypatch: pytest.MonkeyPatch, verdict: Verdict
+) -> None:
+    monkeypatch.setattr("firmware_agent.mqtt.ACK_SECONDS", 1)
+    strict.judge = lambda _, topic: verdict if topic.endswith("hello") else "fine"
     with Running.of(unit, ca, strict.port) as running:
         running.alarm()
         running.wait_drained()
