@@ -100,7 +100,9 @@ class Keeper:
         #: Why the sensor cannot be read, if it cannot.
         self.fault: str | None = None
 
-    def watch(self, pir: Pir, case: Pir | None, *, armed: bool, heard_at: float | None = None) -> None:
+    def watch(
+        self, pir: Pir, case: Pir | None, *, armed: bool, heard_at: float | None = None, was_low: bool = False
+    ) -> None:
         """Begin; from now on no edge is lost.
 
         Args:
@@ -108,14 +110,19 @@ class Keeper:
             case: the loop through the case, if there is one.
             armed: as it was left.
             heard_at: uptime of the sensor's last edge, if an earlier run in this boot saw it.
+            was_low: an earlier run in this boot saw the sensor low: if it is high now, it rose while nobody watched.
         """
         self._pir, self._case = pir, case
         pir.watch(lambda rising: self.happened(sensing.Pir(rising)))
         if case is not None:
             case.watch(lambda closed: self.happened(Case(closed)))
         closed = case is None or bool(case.level())
+        high = bool(pir.level())
+        if high and was_low:
+            high = False
+            self.happened(sensing.Pir(rising=True))
         self._state, decisions = sensing.begin(
-            self._board.uptime(), armed=armed, high=bool(pir.level()), closed=closed, heard_at=heard_at
+            self._board.uptime(), armed=armed, high=high, closed=closed, heard_at=heard_at
         )
         for decision in decisions:
             self._keep(decision, self._board.clock(), self._board.uptime())

@@ -152,7 +152,8 @@ class Product:
         pir = self._open.enter_context(self._pins.pir())
         case = self._open.enter_context(self._pins.tamper())
         heard_at = status.heard_at(paths.status, self._boot_id)
-        keeper.watch(pir, case, armed=arming.now.armed, heard_at=heard_at)
+        was_low = status.was_low(paths.status, self._boot_id)
+        keeper.watch(pir, case, armed=arming.now.armed, heard_at=heard_at, was_low=was_low)
         self._keeper = keeper
         self._spawn("keeper", lambda: keeper.run(self._stop, lambda: self._beat("keeper")))
         return spool, arming, pir

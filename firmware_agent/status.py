@@ -45,6 +45,12 @@ def heard_at(path: Path, boot_id: str) -> float | None:
     return _number(at) if at is not None else None
 
 
+def was_low(path: Path, boot_id: str) -> bool:
+    """Whether the sensor was low when an earlier run of the agent in this boot last looked."""
+    said = _said(path)
+    return said is not None and said.get("boot_id") == boot_id and _part(said, "sensor").get("high") is False
+
+
 def moment(body: bytes) -> str | None:
     """When a message was made, by its own words."""
     at = json.loads(body).get("at")

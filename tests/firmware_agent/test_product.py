@@ -6,18 +6,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from firmware_agent import arming, files, messages, tuning
+from firmware_agent import arming, files, messages, status, tuning
 from firmware_agent.arming import Arming
 from firmware_agent.errors import KeyFault, KeyMismatch, NoTpm, PirFault, WrongState
 from firmware_agent.jobs.runner import Runner
-from firmware_agent.pins import LgpioPins
+from firmware_agent.pins import LgpioPins, Pir
 from firmware_agent.product import EXIT_RESTART, Product
 from firmware_agent.spool import Spool
 from firmware_agent.systemd import Systemd
@@ -174,6 +176,26 @@ def test_motion_at_the_very_end_is_still_kept(unit: Unit, ca: Ca, start: Start) 
     end(product)
 
     assert spooled(unit) == 5
+
+
+@pytest.mark.parametrize(("seen_high", "alarms"), [(False, 1), (True, 0)])
+def test_motion_that_began_while_the_agent_was_started_anew_is_an_alarm(
+    unit: Unit, ca: Ca, start: Start, *, seen_high: bool, alarms: int
+) -> None:
+    provision(unit, ca, free_port())
+    unit.settings.paths.run.mkdir(parents=True, exist_ok=True)
+    before = {"boot_id": unit.board.facts().boot_id, "sensor": {"heard_at": 1.0, "high": seen_high}}
+    status.write(unit.settings.paths.status, before)
+
+    @contextmanager
+    def already_high() -> Iterator[Pir]:
+        with unit.pins.pir() as pir:
+            unit.pir.drive_high()  # only now: a line of the mock's is low when it is opened
+            yield pir
+
+    end(start(replace(unit, pins=SimpleNamespace(pir=already_high, tamper=unit.pins.tamper))))
+
+    assert spooled(unit) == alarms
 
 
 def test_heartbeats_go_on(unit: Unit, ca: Ca, broker: Broker, start: Start) -> None:

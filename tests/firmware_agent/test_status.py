@@ -139,6 +139,15 @@ def test_the_last_edge_is_remembered_within_a_boot(unit: Unit) -> None:
     assert status.heard_at(unit.settings.paths.state / "none", "b") is None
 
 
+@pytest.mark.parametrize(("high", "boot_id", "low"), [(False, "b", True), (True, "b", False), (False, "c", False)])
+def test_the_last_level_is_remembered_within_a_boot(unit: Unit, *, high: bool, boot_id: str, low: bool) -> None:
+    unit.settings.paths.run.mkdir(parents=True)
+    status.write(unit.settings.paths.status, {"boot_id": "b", "sensor": {"high": high}})
+
+    assert status.was_low(unit.settings.paths.status, boot_id) is low
+    assert not status.was_low(unit.settings.paths.state / "none", boot_id)
+
+
 # --- the command and the verb -------------------------------------------------------------------------------------
 
 
