@@ -131,6 +131,7 @@ class Runner:
         self._changed = threading.Event()
         self._document: tuple[Key, Document] | None = None
         self._left = False
+        self._listens = False
         self._repeats = 0
         self._gone = False
         #: The execution in hand or the last one, for `picket-agent status`.
@@ -151,12 +152,14 @@ class Runner:
     def run(self, stop: threading.Event) -> None:
         """Until `stop` is set and `wake` called, or until this process is to end for another release's sake."""
         self._stop = stop
-        self._link.on_connect(self._on_change)
-        self._link.subscribe(
-            FEATURE,
-            [topics.jobs_topic(self._link.serial, "notify-next")],
-            lambda _topic, _payload: self._on_change(),
-        )
+        if not self._listens:  # once, however often this part is begun again
+            self._listens = True
+            self._link.on_connect(self._on_change)
+            self._link.subscribe(
+                FEATURE,
+                [topics.jobs_topic(self._link.serial, "notify-next")],
+                lambda _topic, _payload: self._on_change(),
+            )
         self._resume()
         while not self._ended():
             self._wake.clear()

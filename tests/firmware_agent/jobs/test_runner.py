@@ -176,6 +176,20 @@ def test_jobs_are_done_one_after_the_other_and_retries_under_their_number(stand:
     ]
 
 
+def test_however_often_the_runner_is_begun_again_it_listens_once(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = stand.make(Scripted(stand.phase("work")))
+    asked: list[str] = []
+    monkeypatch.setattr(stand.link, "subscribe", lambda _feature, filters, _listener: asked.extend(filters))
+    monkeypatch.setattr(stand.link, "on_connect", lambda _listener: asked.append("connect"))
+    ended = threading.Event()
+    ended.set()
+
+    for _ in range(3):
+        made.run(ended)
+
+    assert len(asked) == 2
+
+
 def test_a_job_that_comes_later_is_announced_and_done(stand: Stand) -> None:
     kind = Scripted(stand.phase("work", Done()))
     timer = threading.Timer(0.1, lambda: stand.service.create("late", DOCUMENT, SERIAL))
