@@ -454,10 +454,10 @@ class Link:
         self._inbox.put(_Subscribed(session, subscription, made.exception()))
 
     def _said_hello(self, up: "_Up", error: BaseException | None) -> None:
-        up.greeted = (
-            True  # alarms wait neither for a policy without hello nor for an acknowledgement that does not come
-        )
-        if error is not None and not isinstance(error, NotAllowedError):
+        # Alarms wait neither for a policy without hello nor for an acknowledgement that does not come.
+        refused = isinstance(error, NotAllowedError)
+        up.greeted = up.greeted or error is None or refused or "TIMEOUT" in str(error)
+        if error is not None and not refused:
             _log.warning("hello was not delivered: %s", error)
             up.hello_at = time.monotonic() + RETRY_SECONDS
 
