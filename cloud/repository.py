@@ -143,7 +143,10 @@ class Repository:
             RepositoryFault: there is one already.
         """
         if (directory / "metadata").exists() or (directory / "staged").exists():
-            raise RepositoryFault(f"there is an update repository in {directory} already")
+            raise RepositoryFault(
+                f"there is an update repository in {directory} already: `python -m cloud keys status` shows it;"
+                " keys are replaced by `python -m cloud keys rotate`"
+            )
         now = clock()
         (directory / "staged").mkdir(parents=True)
         targets = new_targets(product, keys, now)
@@ -164,7 +167,8 @@ class Repository:
     def in_force(self, role: str) -> Metadata[Any] | None:
         """A role's metadata as units see them, or None before they were first published."""
         if role == "root":
-            numbers = [int(path.name.partition(".")[0]) for path in self._metadata.glob("*.root.json")]
+            names = [path.name.partition(".")[0] for path in self._metadata.glob("*.root.json")]
+            numbers = [int(name) for name in names if name.isdecimal()]
             return _read(self._metadata / f"{max(numbers)}.root.json") if numbers else None
         timestamp = _read_maybe(self._metadata / "timestamp.json")
         if timestamp is None or role == "timestamp":
@@ -258,7 +262,8 @@ class Repository:
         roles = sorted(snapshot.signed.meta, key=lambda file: file == "targets.json")
         names += [f"metadata/{snapshot.signed.meta[file].version}.{file}" for file in roles]
         names.append(f"metadata/{snapshot.signed.version}.snapshot.json")
-        roots = sorted(self._metadata.glob("*.root.json"), key=lambda path: int(path.name.partition(".")[0]))
+        roots = [path for path in self._metadata.glob("*.root.json") if path.name.partition(".")[0].isdecimal()]
+        roots.sort(key=lambda path: int(path.name.partition(".")[0]))
         names += [f"metadata/{path.name}" for path in roots]
         unique = dict.fromkeys(names)
         return [
@@ -626,9 +631,13 @@ def _chunks(path: Path, length: int) -> list[str]:
 
 def _read(path: Path) -> Metadata[Any]:
     try:
-        return Metadata[Any].from_file(str(path))
+        metadata = Metadata[Any].from_bytes(path.read_bytes())
     except (OSError, RepositoryError) as error:
-        raise RepositoryFault(f"{path} cannot be read: {error}") from error
+        raise RepositoryFault(f"{path} cannot be read: {error}; fetch it from a backup or from the bucket") from error
+    role = path.name.removesuffix(".json").rpartition(".")[2]
+    if metadata.signed.type != (role if role in {"root", *ONLINE} else "targets"):
+        raise RepositoryFault(f"{path} is of another role; fetch it from a backup or from the bucket")
+    return metadata
 
 
 def _read_maybe(path: Path) -> Metadata[Any] | None:

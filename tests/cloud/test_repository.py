@@ -377,6 +377,30 @@ def test_a_release_of_another_product_or_ring_is_not_taken(world: World) -> None
         world.repository.promote("1.2.0")
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "timestamp.json").write_text("garbage"), "cannot be read"),
+        (lambda folder: (folder / "timestamp.json").write_bytes((folder / "1.root.json").read_bytes()), "another role"),
+        (lambda folder: (folder / "1.picket.json").unlink(), "No such file"),
+        (lambda folder: [(folder / "1.picket.json").unlink(), (folder / "1.picket.json").mkdir()], "Is a directory"),
+    ],
+)
+def test_metadata_that_were_damaged_are_named(world: World, damage: Callable[[Path], object], reason: str) -> None:
+    damage(world.directory / "metadata")
+
+    with pytest.raises(RepositoryFault, match=reason):
+        world.repository.files_to_publish()
+
+
+def test_a_file_that_only_looks_like_a_root_is_passed_over(world: World) -> None:
+    before = [file.name for file in world.repository.files_to_publish()]
+    (world.directory / "metadata" / "copy.root.json").touch()
+
+    assert [file.name for file in world.repository.files_to_publish()] == before
+    assert world.repository.status()
+
+
 def test_a_directory_without_a_repository_is_named(tmp_path: Path) -> None:
     with pytest.raises(RepositoryFault, match="holds no update repository"):
         Repository(tmp_path)
