@@ -1,6 +1,7 @@
 """The cloud's command line: `python -m cloud up|down|deploy|doctor|sms|keys|fleet`.
 
-Exit codes: 0 done, 2 a mistake on the command line, 3 the cloud cannot be used, or the doctor found it wanting.
+Exit codes: 0 done, 2 a mistake on the command line, 3 the cloud or the keys cannot be used, a release must not go out
+like this, or the doctor found the cloud wanting, 130 stopped by Ctrl-C.
 """
 
 import json
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from cloud import ceremony, fleet_commands, stack
 from cloud.doctor import examine
-from cloud.errors import CloudError
+from cloud.errors import CloudError, NoSuchName
 from cloud.local import launcher
 from cloud.local.endpoint import DEFAULT_MQTT_PORT, DEFAULT_PORT, DEFAULT_STATE
 from cloud.target import local_target, open_target
@@ -50,7 +51,7 @@ def _print(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)  # commands stay whole, to be copied
 
 
 @app.command()
@@ -138,7 +139,7 @@ def main() -> None:
         app()
     except (CloudError, OSError) as error:
         _say(f"error: {error}")
-        sys.exit(3)
+        sys.exit(2 if isinstance(error, NoSuchName) else 3)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ CloudError
 ├── CloudUnreachable      nobody answers: network, local cloud down         -> start it or restore the network
 ├── CloudMisconfigured    it answers and says no: credentials, stack, name  -> somebody changes a setting
 │   ├── DeployError       CloudFormation gave up on a resource
+│   ├── NoSuchName        no unit, or no job, has the name that was given      -> a typo: look it up
 │   └── StackMissingError      nothing is deployed there
 ├── RepositoryFault       the update repository, a release or a key is not as it must be -> what the message says
 ├── NotYet                a release must not go out, or not like this           -> what the message says, then again
@@ -26,6 +27,10 @@ class CloudMisconfigured(CloudError):
 
 class StackMissingError(CloudMisconfigured):
     """The stack is not deployed at this target."""
+
+
+class NoSuchName(CloudMisconfigured):
+    """The name of a unit or of a job that there is none of: a mistake on the command line."""
 
 
 class DeployError(CloudMisconfigured):

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import botocore.exceptions
 
 from cloud import rollout, stack
-from cloud.errors import CloudMisconfigured, NotYet
+from cloud.errors import NoSuchName, NotYet
 from cloud.registry import Device, Registry
 from cloud.rollout import FAILURES, Execution, Job, Operation, Plan, Ring, Status, Summary
 from cloud.target import Target, translated
@@ -123,11 +123,11 @@ class Fleet:
         """Put units into a ring, and take them out of the other one. Safe to repeat.
 
         Raises:
-            CloudMisconfigured: one of them is unknown; those before it have moved.
+            NoSuchName: one of them is unknown; none has moved.
         """
+        if unknown := [serial for serial in serials if self._registry.thing(serial) is None]:
+            raise NoSuchName(_nobody(", ".join(unknown)))
         for serial in serials:
-            if self._registry.thing(serial) is None:
-                raise CloudMisconfigured(f"no unit is called {serial}: see `python -m cloud fleet units`")
             with translated(self.target, f"moving {serial} to the {ring} ring"):
                 for other in Ring:
                     if other is not ring:
@@ -314,7 +314,8 @@ class Fleet:
         """Ask something of a unit, or of a ring as it is now. Safe to repeat while it is at work.
 
         Raises:
-            CloudMisconfigured: no unit has that serial.
+            NoSuchName: no unit has that serial.
+            ValueError: the plan is outside what AWS takes.
         """
         document: dict[str, Any] = {"picket": FORMAT, "operation": operation, "product": PRODUCT}
         if operation is Operation.COLLECT_LOGS:
@@ -334,10 +335,14 @@ class Fleet:
             try:
                 return self._iot.describe_thing(thingName=serial)["thingArn"]
             except self._iot.exceptions.ResourceNotFoundException as error:
-                raise CloudMisconfigured(f"no unit is called {serial}: see `python -m cloud fleet units`") from error
+                raise NoSuchName(_nobody(serial)) from error
 
     def logs(self, serial: str, into: Path) -> list[Path]:
-        """Fetch what a unit has uploaded for collect-logs jobs; what is there already stays."""
+        """Fetch what a unit has uploaded for collect-logs jobs; what is there already stays.
+
+        Raises:
+            NoSuchName: nothing is there, and no unit has that serial.
+        """
         bucket, found = self._names["Releases"], []
         into.mkdir(parents=True, exist_ok=True)
         with translated(self.target, f"fetching the logs of {serial}"):
@@ -347,6 +352,8 @@ class Fleet:
                     if not path.exists():
                         path.write_bytes(self._s3.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read())
                     found.append(path)
+        if not found and self._registry.thing(serial) is None:
+            raise NoSuchName(_nobody(serial))
         return found
 
     # -- jobs in general
@@ -375,7 +382,7 @@ class Fleet:
             try:
                 self._iot.cancel_job(jobId=job, force=force, comment=comment, reasonCode="PICKET")
             except self._iot.exceptions.ResourceNotFoundException as error:
-                raise CloudMisconfigured(f"no job is called {job}: see `python -m cloud fleet status`") from error
+                raise NoSuchName(f"no job is called {job}: see `python -m cloud fleet status`") from error
 
     def executions(self, job: str) -> list[Execution]:
         """All attempts of all units at a job; those that failed with the unit's own words."""
@@ -406,13 +413,13 @@ class Fleet:
         """How far a job is. `members` are whom it is for; while it is at work they wait until they are told.
 
         Raises:
-            CloudMisconfigured: there is no such job.
+            NoSuchName: there is no such job.
         """
         with translated(self.target, f"asking for the job {job}"):
             try:
                 found: Any = self._iot.describe_job(jobId=job)["job"]
             except self._iot.exceptions.ResourceNotFoundException as error:
-                raise CloudMisconfigured(f"no job is called {job}: see `python -m cloud fleet status`") from error
+                raise NoSuchName(f"no job is called {job}: see `python -m cloud fleet status`") from error
             if job not in self._versions:
                 document = json.loads(self._iot.get_job_document(jobId=job)["document"])
                 self._versions[job] = document.get("version") or document["operation"]
@@ -450,6 +457,10 @@ def _unit(serial: str, ring: Ring, device: Device | None) -> Unit:
     if device is None:
         return Unit(serial, ring, None, None, None, None)
     return Unit(serial, ring, device.agent, device.image, device.mode, device.last_seen)
+
+
+def _nobody(serials: str) -> str:
+    return f"no unit is called {serials}: see `python -m cloud fleet units`"
 
 
 def _unlisted(repository: "Repository", ring: Ring, version: str) -> str:

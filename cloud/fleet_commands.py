@@ -33,6 +33,7 @@ from cloud import fleet_screen, rollout
 from cloud.ceremony import DEFAULT_REPOSITORY, PassphraseFile, RepositoryPath, load_signers
 from cloud.errors import NotYet
 from cloud.fleet import Fleet, Started
+from cloud.fleet_screen import count
 from cloud.local.endpoint import DEFAULT_STATE
 from cloud.repository import Release, Repository, canary_role
 from cloud.rollout import Abort, Operation, Plan, Rate, Ring
@@ -156,7 +157,8 @@ def release(
         _print({"new": done.new, "kept": done.kept, "releases": _listed(repo)})
         return
     _say(
-        f"{len(done.new)} files uploaded, {done.kept} were there. Signed for canaries: {_versions(repo, Ring.CANARY)};"
+        f"{count(len(done.new), 'file')} uploaded, {done.kept} were there."
+        f" Signed for canaries: {_versions(repo, Ring.CANARY)};"
     )
     _say(f"for all units: {_versions(repo, Ring.MAIN)}.")
 
@@ -334,15 +336,17 @@ def roll_out(
     )
     _say(f"{verdict.sentence}.")
     _say(_explain(plan, rate, len(members)))
-    _sure(f"Bring {version} to {len(members)} units?", yes=yes)
+    _sure(f"Bring {version} to {count(len(members), 'unit')}?", yes=yes)
     _start(fleet, Ring.MAIN, found, plan, as_json=as_json)
 
 
 def _explain(plan: Plan, rate: Rate, members: int) -> str:
+    if not members:
+        return "Nobody is in the main ring now; units that join it later get the release."
     return (
-        f"{rate.base} units in the first minute, {rate.factor} times as many after each {rate.step} successes, at most"
-        f" {rate.maximum}: all {members} in {rate.minutes(members)} minutes at the soonest. It stops at"
-        f" {plan.abort.percent:g} % failures, once {plan.abort.after} are finished."
+        f"{count(rate.base, 'unit')} in the first minute, {rate.factor} times as many after each {rate.step} successes,"
+        f" at most {rate.maximum}: all {members} in {count(rate.minutes(members), 'minute')} at the soonest."
+        f" It stops at {plan.abort.percent:g} % failures, once {plan.abort.after} are finished."
     )
 
 
@@ -376,7 +380,7 @@ def rollback(
         timeout=_parsed(rollout.parse_duration, timeout, "--timeout"),
     )
     if which is Ring.MAIN:
-        _sure(f"Bring {len(members)} units back to {version}?", yes=yes)
+        _sure(f"Bring {count(len(members), 'unit')} back to {version}?", yes=yes)
     _start(fleet, which, found, plan, as_json=as_json)
 
 
@@ -509,8 +513,11 @@ def operation(
         timeout=_parsed(rollout.parse_duration, timeout, "--timeout"),
     )
     if which is Ring.MAIN:
-        _sure(f"Ask {members} units for {what}?", yes=yes)
-    started = fleet.start_operation(what, where, plan, _now(), settings)
+        _sure(f"Ask {count(members, 'unit')} for {what}?", yes=yes)
+    try:
+        started = fleet.start_operation(what, where, plan, _now(), settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     if as_json:
         _print(asdict(started))
         return

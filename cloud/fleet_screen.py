@@ -39,6 +39,11 @@ def bar(summary: Summary, width: int = WIDTH) -> Text:
     return text
 
 
+def count(number: int, name: str) -> str:
+    """As people say it: `1 unit`, `2 units`."""
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
 def shares(counts: Sequence[int], width: int) -> list[int]:
     """`width` cells shared out by `counts`: all of them, and at least one for each that is not 0.
 
@@ -61,7 +66,7 @@ def words(summary: Summary) -> str:
     """The counts as people say them: `12 done, 1 failed, 7 waiting`."""
     counts = [(sum(summary.counts.get(each, 0) for each in statuses), name) for name, statuses, _, _ in PARTS]
     counts.append((summary.waiting, "waiting"))
-    return ", ".join(f"{count} {name}" for count, name in counts if count) or "nobody is in it"
+    return ", ".join(f"{number} {name}" for number, name in counts if number) or "nobody is in it"
 
 
 def progress(each: Progress) -> RenderableType:
@@ -74,11 +79,10 @@ def progress(each: Progress) -> RenderableType:
     if each.comment:
         lines.append(Text(f"  {each.comment}", style="yellow"))
     for failure in each.summary.failures:
-        count = f"{len(failure.units)} unit{'s' if len(failure.units) > 1 else ''}"
         code = "" if failure.code == NO_CODE else f" ({failure.code})"
         named = ", ".join(failure.units[:NAMED])
         more = f" and {len(failure.units) - NAMED} others" if len(failure.units) > NAMED else ""
-        what = f"  {count} {failure.status.lower().replace('_', ' ')}{code}"
+        what = f"  {count(len(failure.units), 'unit')} {failure.status.lower().replace('_', ' ')}{code}"
         lines.append(Text.assemble((what, "red"), f": {failure.reason or 'no reason given'}  ", (named + more, "dim")))
     return Group(*lines)
 
@@ -88,7 +92,7 @@ def rings(status: Iterable[RingStatus]) -> RenderableType:
     lines: list[RenderableType] = []
     for ring in status:
         versions = ", ".join(f"{version or 'never seen'} ({count})" for version, count in ring.versions.items())
-        lines.append(Text.assemble((ring.ring, "bold"), f"  {len(ring.units)} units  {versions}"))
+        lines.append(Text.assemble((ring.ring, "bold"), f"  {count(len(ring.units), 'unit')}  {versions}"))
         lines += [progress(each) for each in ring.updates] or [Text("  no rollout yet", style="dim")]
     return Group(*lines)
 

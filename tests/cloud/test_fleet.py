@@ -24,7 +24,7 @@ import boto3
 import pytest
 
 from cloud import rollout
-from cloud.errors import CloudMisconfigured, NotYet
+from cloud.errors import NoSuchName, NotYet
 from cloud.fleet import Fleet as Operator
 from cloud.repository import Repository
 from cloud.rollout import Abort, Plan, Rate, Ring, Status
@@ -284,9 +284,13 @@ def test_a_unit_is_in_one_ring_at_a_time(operator: Operator, pool: list[Unit]) -
     assert operator.members(Ring.MAIN) == tuple(serials[1:])
 
 
-def test_a_unit_that_nobody_made_joins_no_ring(operator: Operator) -> None:
-    with pytest.raises(CloudMisconfigured, match="no unit is called PK-NOBODY"):
-        operator.move(Ring.CANARY, ["PK-NOBODY"])
+def test_a_unit_that_nobody_made_joins_no_ring_and_those_beside_it_stay(operator: Operator, pool: list[Unit]) -> None:
+    operator.move(Ring.MAIN, _serials(pool[:1]))
+
+    with pytest.raises(NoSuchName, match="no unit is called PK-NOBODY"):
+        operator.move(Ring.CANARY, [pool[0].serial, "PK-NOBODY"])
+
+    assert pool[0].serial in operator.members(Ring.MAIN)
 
 
 def test_the_units_are_listed_with_what_they_said_last(fleet: Fleet, operator: Operator, pool: list[Unit]) -> None:
@@ -578,6 +582,8 @@ def test_a_units_logs_come_by_its_own_url_and_are_fetched_once(
     assert (uploaded, fetched, again) == (200, [tmp_path / f"{job}-1.txt.gz"], fetched)
     assert fetched[0].read_bytes() == b"what happened"
     assert operator.logs(pool[1].serial, tmp_path) == []
+    with pytest.raises(NoSuchName, match="no unit is called PK-NOBODY"):
+        operator.logs("PK-NOBODY", tmp_path)
 
 
 def test_a_whole_ring_is_asked_as_it_is_now(fleet: Fleet, operator: Operator, pool: list[Unit]) -> None:
@@ -591,7 +597,7 @@ def test_a_whole_ring_is_asked_as_it_is_now(fleet: Fleet, operator: Operator, po
 
 
 def test_a_unit_that_nobody_made_is_asked_for_nothing(operator: Operator) -> None:
-    with pytest.raises(CloudMisconfigured, match="no unit is called PK-NOBODY"):
+    with pytest.raises(NoSuchName, match="no unit is called PK-NOBODY"):
         operator.start_operation(rollout.Operation.REBOOT, "PK-NOBODY", _plan(), _now())
 
 

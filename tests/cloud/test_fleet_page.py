@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cloud import fleet_commands
-from cloud.cli import app
-from cloud.errors import CloudMisconfigured, NotYet
+from cloud.cli import app, main
+from cloud.errors import NoSuchName, NotYet
 from cloud.fleet import Fleet as Operator
 from cloud.repository import Repository
 from cloud.rollout import Ring
@@ -167,6 +167,7 @@ def test_the_page_asks_for_every_operation_that_there_is() -> None:
         ("job configure --unit PK-1 --tuning nonsense", "no JSON"),
         ("job configure --unit PK-1 --tuning []", "at least one setting"),
         ("job reboot --unit PK-1 --timeout soon", "no length of time"),
+        ("job reboot --ring canary --timeout 0", "the timeout, in minutes, is 1 to"),
         ("status --target mars", "no cloud is called"),
     ],
 )
@@ -187,5 +188,17 @@ def test_the_main_ring_is_not_reached_without_a_yes(fleet: Fleet) -> None:
 
 
 def test_a_job_that_nobody_started_is_not_shown(fleet: Fleet) -> None:
-    with pytest.raises(CloudMisconfigured, match="no job is called picket-nothing-1"):
+    with pytest.raises(NoSuchName, match="no job is called picket-nothing-1"):
         _refused(f"python -m cloud fleet status picket-nothing-1 --state {fleet.state}")
+
+
+def test_a_name_that_nobody_has_is_a_mistake_on_the_command_line(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ("ring canary PK-NOBODY", "logs PK-NOBODY", "job reboot --unit PK-NOBODY", "abort --job nothing-1"):
+        monkeypatch.setattr(sys, "argv", ["cloud", "fleet", *words.split(), "--state", str(fleet.state)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+
+        assert (words, ended.value.code) == (words, 2)
+        assert "see `python -m cloud fleet" in capsys.readouterr().err
