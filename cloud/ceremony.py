@@ -49,7 +49,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout,
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys init --holders ann,bob,eve")
 def init(
     repository: RepositoryPath = DEFAULT_REPOSITORY,
     keys: Annotated[Path, typer.Option("--keys", help="Where the directories of keys are made.")] = DEFAULT_KEYS,
@@ -87,7 +87,7 @@ def init(
     _say(f"Now give each holder their directory of {keys}, and delete it here.")
 
 
-@app.command("new")
+@app.command("new", epilog="Example:  python -m cloud keys new /media/stick/ann --holder ann")
 def new_holder(
     directory: Annotated[Path, typer.Argument(help="Where the keys are made.")],
     holder: Annotated[str, typer.Option(help="Your name, as others will see it.")],
@@ -99,7 +99,7 @@ def new_holder(
     _say(f"Keep {directory}. Give {directory}/public.json to whoever runs `keys init`.")
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys sign --keys /media/stick/ann")
 def sign(
     keys: KeyPaths,
     role: Annotated[str | None, typer.Argument(help="root, targets or a product; all that waits if left out.")] = None,
@@ -119,7 +119,7 @@ def sign(
         _say(f"{after}{unused if after.missing else ''}")
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys publish --keys build/updates/keys/online")
 def publish(
     keys: KeyPaths,
     repository: RepositoryPath = DEFAULT_REPOSITORY,
@@ -132,7 +132,7 @@ def publish(
     _say_waiting(found)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys renew --keys build/updates/keys/online")
 def renew(
     keys: KeyPaths,
     repository: RepositoryPath = DEFAULT_REPOSITORY,
@@ -159,7 +159,7 @@ def renew(
     _say_waiting(found)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys rotate timestamp --keys build/updates/keys/online")
 def rotate(
     role: Annotated[str, typer.Argument(help="root, targets, a product, its canaries, snapshot or timestamp.")],
     keys: Annotated[Path, typer.Option("--keys", help="The holder's directory, where the new key is made.")],
@@ -183,7 +183,7 @@ def rotate(
     _say_waiting(found)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys canaries PK-000001 PK-000002")
 def canaries(
     serials: Annotated[list[str] | None, typer.Argument(help="All canaries, from now on.")] = None,
     repository: RepositoryPath = DEFAULT_REPOSITORY,
@@ -199,7 +199,7 @@ def canaries(
         _print(serial)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud keys status --json")
 def status(repository: RepositoryPath = DEFAULT_REPOSITORY, *, as_json: AsJson = False) -> None:
     """Who holds what, what expires when, and what waits for whom."""
     found = Repository(repository)

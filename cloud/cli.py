@@ -54,7 +54,7 @@ def _say(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)  # commands stay whole, to be copied
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud up")
 def up(
     state: State = DEFAULT_STATE,
     port: Port = DEFAULT_PORT,
@@ -71,13 +71,13 @@ def up(
         _say(f"Next: `python -m cloud deploy`. Stop it by `python -m cloud down`. Log: {state / 'log'}")
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud down")
 def down(state: State = DEFAULT_STATE) -> None:
     """Stop the local cloud; its state stays for the next start."""
     _say("The local cloud is stopped." if launcher.down(state) else "No local cloud was running.")
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud deploy --target aws")
 def deploy(target: TargetName = "local", state: State = DEFAULT_STATE, *, as_json: AsJson = False) -> None:
     """Deploy the stack: rules, functions, table, policies."""
     where = open_target(target, state)
@@ -98,7 +98,7 @@ def deploy(target: TargetName = "local", state: State = DEFAULT_STATE, *, as_jso
     Console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud sms --since 2026-11-21T22:00")
 def sms(
     since: Annotated[datetime | None, typer.Option(help="Only texts from this moment on (ISO 8601).")] = None,
     state: State = DEFAULT_STATE,
@@ -118,7 +118,7 @@ def sms(
         _say("No text message yet.")
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud doctor --json")
 def doctor(target: TargetName = "local", state: State = DEFAULT_STATE, *, as_json: AsJson = False) -> None:
     """Prove by real connections that good units get in and nothing else does."""
     where = open_target(target, state)

@@ -181,7 +181,7 @@ def _versions(repo: Repository, ring: Ring) -> str:
     return ", ".join(_listed(repo)[ring]) or "none"
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet promote 1.2.0")
 def promote(version: Version, repository: RepositoryPath = DEFAULT_REPOSITORY, *, as_json: AsJson = False) -> None:
     """Stage the canaries' release for all units: the same bits. Two holders sign it, then it is in force."""
     repo = Repository(repository)
@@ -203,7 +203,7 @@ def promote(version: Version, repository: RepositoryPath = DEFAULT_REPOSITORY, *
 # --- rings ---------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet ring canary PK-000001 PK-000002")
 def ring(
     which: Annotated[Ring, typer.Argument(help="canary or main.")],
     serials: Annotated[list[str], typer.Argument(help="The units that it shall have.")],
@@ -234,7 +234,7 @@ def _unsigned(repository: Path, members: Sequence[str]) -> list[str]:
     return sorted(set(members) - set(Repository(repository).canaries()))
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet units --ring canary")
 def units(
     which: Annotated[Ring | None, typer.Option("--ring", help="Only this ring.")] = None,
     version: Annotated[str | None, typer.Option(help="Only units that report this version.")] = None,
@@ -255,7 +255,7 @@ def units(
 # --- rollouts ------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet canary 1.2.0")
 def canary(
     version: Version,
     timeout: Timeout = "12h",
@@ -285,7 +285,7 @@ def canary(
     _start(fleet, Ring.CANARY, found, plan, as_json=as_json)
 
 
-@app.command("rollout")
+@app.command("rollout", epilog="Example:  python -m cloud fleet rollout 1.2.0 --soak 24h")
 def roll_out(
     version: Version,
     soak: Annotated[str, typer.Option(help="How long the canaries must have run it, e.g. 24h.")] = "24h",
@@ -350,7 +350,7 @@ def _explain(plan: Plan, rate: Rate, members: int) -> str:
     )
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet rollback 1.1.0 --ring main")
 def rollback(
     version: Version,
     which: Annotated[Ring, typer.Option("--ring", help="The ring that goes back.")] = Ring.MAIN,
@@ -405,7 +405,7 @@ def _tell(started: Started, what: str, *, as_json: bool) -> None:
     _say("Watch it: `python -m cloud fleet status --watch`. Stop it: `python -m cloud fleet abort`.")
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet status --watch")
 def status(
     job: Annotated[str | None, typer.Argument(help="Only this job.")] = None,
     target: TargetName = "local",
@@ -453,7 +453,7 @@ def _watch(look: Callable[[], tuple[Any, Any, bool]], *, as_json: bool) -> None:
             live.update(shown, refresh=True)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet abort --ring main")
 def abort(
     which: Annotated[Ring | None, typer.Option("--ring", help="Only this ring's.")] = None,
     job: Annotated[str | None, typer.Option(help="Only this job, of whatever kind.")] = None,
@@ -484,7 +484,7 @@ def abort(
 # --- single things -------------------------------------------------------------------------------------------------
 
 
-@app.command("job")
+@app.command("job", epilog="Example:  python -m cloud fleet job collect-logs --unit PK-000001")
 def operation(
     what: Annotated[Operation, typer.Argument(help="What the units shall do.")],
     unit: Annotated[str | None, typer.Option(help="The unit's serial.")] = None,
@@ -541,7 +541,7 @@ def _settings(what: str, tuning: str | None) -> dict[str, Any] | None:
     return found
 
 
-@app.command()
+@app.command(epilog="Example:  python -m cloud fleet logs PK-000001")
 def logs(
     serial: Annotated[str, typer.Argument(help="The unit's serial.")],
     into: Annotated[Path, typer.Option(help="Where they are put.")] = Path("build/logs"),

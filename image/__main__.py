@@ -30,7 +30,7 @@ _UPDATE_ROOT = Path("build/updates/repository/root.json")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m image build")
 def build(
     recipe: Annotated[Path, typer.Option(help="What to build.")] = _RECIPE,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = _OUTPUT,
@@ -61,7 +61,9 @@ def build(
                         f"{sum(clock.seconds.values()):.0f} s")  # fmt: skip
 
 
-@app.command()
+@app.command(
+    epilog="Example:  python -m image release --version 1.2.0 --from build/releases/1.1.0/picket-agent-1.1.0.tar.zst"
+)
 def release(
     recipe: Annotated[Path, typer.Option(help="Which boards and which Python.")] = _RECIPE,
     board: Annotated[
@@ -104,7 +106,7 @@ def release(
     Console().print(f"{built.release} is described by {built.description}: {sizes}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example:  python -m image verify build/image/picket.json")
 def verify(description: Annotated[Path, typer.Argument(help="The JSON file.")] = _OUTPUT / "picket.json") -> None:
     """Check an image against its description and block map."""
     manifest = ImageManifest.load(description)
