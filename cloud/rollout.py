@@ -407,6 +407,8 @@ def _some(things: Sequence[str]) -> str:
 
 
 def _words(length: timedelta) -> str:
+    if length <= timedelta(minutes=1):
+        return f"{max(math.ceil(length.total_seconds()), 1)} s"
     minutes = math.ceil(length / timedelta(minutes=1))
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
