@@ -1,6 +1,6 @@
 """Compile pyproject.toml's dependency groups into hash-pinned lock files that name no index.
 
-`development` comes first; the other two are held to its versions, so one tested set is what every place runs.
+`development` comes first; the others are held to its versions, so one tested set is what every place runs.
 """
 
 import subprocess
@@ -15,8 +15,8 @@ OPTIONS = [
 
 
 def main() -> None:
-    """Compile the three locks."""
-    for group in ("development", "station", "device"):
+    """Compile the four locks."""
+    for group in ("development", "image", "station", "device"):
         held = [] if group == "development" else ["--constraint", str(HERE / "development.lock")]
         subprocess.run(
             [
