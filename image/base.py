@@ -1,38 +1,48 @@
-"""The base root: Debian's packages, unpacked and configured; made once per recipe and then taken from the cache.
+"""The base root: Debian's packages, unpacked and configured; made once per lock and then taken from the cache.
 
-A finished base is a directory of the cache:
+Nothing but the .debs that the lock pins is installed, from a local archive and without a network, and what is left of
+the moment and the machine is taken away: the same lock gives the same `root.tar` to the bit. A finished base is a
+directory of the cache:
 
     base-<digest>/root.tar    the root file system, nothing of a build host and nothing of one unit in it
     base-<digest>/twin/       a root of the host's architecture with the same release's tools (see image.twins)
     base-<digest>/headers/    Python's headers for the target, for the one wheel that we compile ourselves
+    base-<digest>/boot/       what lay in the FAT of an official image that was opened (base.kind = "image")
 """
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from image import twins
-from image.errors import CommandFailedError, ToolMissingError
+from image import debs, lock, opened, resolve, space, twins
+from image.debs import Shown
+from image.errors import CommandFailedError, SourceError, ToolMissingError
+from image.lock import Lock, Pin
+from image.python import compile_python
 from image.recipe import Recipe
 from image.run import run
 
 _HERE = Path(__file__).parent
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 
-#: Recipe keys that the base depends on; a change of any other leaves it in the cache.
-_KEYS = ("suite", "architecture", "components", "mirror", "packages", "exclude")
+#: Times in a base that no package brings: 2026-01-01. A fixed one keeps builds alike.
+EPOCH = 1767225600
 
-#: Not needed on the unit, and what building needs beside it.
-_HEADERS = "libpython3.13-dev"
+_INSTALLED = re.compile(r"^Package: (\S+)\n(?:.+\n)*?Status: install ok installed$", re.MULTILINE)
 
 #: What belongs to one machine or one build, not to the image (each is made again where it is needed).
 _TRACES = (
     "boot/System.map-*",
     "dev/*",
     "etc/.pwd.lock",
+    "etc/apt/sources.list",
     "etc/*-",
     "etc/hosts",
     "etc/kernel/postinst.d/*",
@@ -75,6 +85,12 @@ class Base:
         """The directory that holds the target's `usr/include`."""
         return self.directory / "headers"
 
+    @property
+    def boot(self) -> Path | None:
+        """What lay in the FAT of an opened image; None for a base that was made of packages."""
+        path = self.directory / "boot"
+        return path if path.is_dir() else None
+
     def unpack(self, root: Path) -> None:
         """A fresh copy of the root file system in `root`, which must not exist."""
         root.mkdir(parents=True)
@@ -82,26 +98,81 @@ class Base:
             "--xattrs-include=*", "--same-permissions")  # fmt: skip
 
 
-def base_root(recipe: Recipe, cache: Path) -> Base:
-    """The base for a recipe, from the cache or made now."""
-    directory = cache / f"base-{_digest(recipe)}"
+def base_root(recipe: Recipe, cache: Path, shown: Shown = lambda _: None) -> Base:
+    """The base for a recipe, from the cache or made now.
+
+    Args:
+        recipe: whose lock lies beside it.
+        cache: held by the caller (image.cache).
+        shown: told what goes on.
+
+    Raises:
+        LockError: the lock is missing or not the recipe's.
+        ArchiveError: a package is not to be had, or has other bits than the lock pins.
+        DiskFullError: the cache has no room.
+    """
+    pinned = resolve.locked(recipe)
+    host = run("dpkg", "--print-architecture").strip()
+    directory = cache / f"base-{_digest(recipe, pinned, host)}"
     if (directory / "root.tar").exists():
+        shown("cached")
         return Base(directory, cached=True)
-    working = cache / f"{directory.name}.unfinished"
+    with _unfinished(directory) as working, space.room({cache: space.BASE_BYTES}):
+        _make(recipe, pinned, host, cache, working, shown)
+    shown("made")
+    return Base(directory, cached=False)
+
+
+@contextmanager
+def _unfinished(directory: Path) -> Iterator[Path]:
+    """A directory that takes its name when it is whole, and goes when it will not be."""
+    working = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
-    root = working / "root"
-    enable_emulation(recipe.architecture)
-    _extract_twin(recipe, working / "twin", working / "twin.log")
-    _bootstrap(recipe, root, working)
-    if _foreign(recipe.architecture):
-        twins.check_removed(root)
-    _remove_traces(root)
-    run("tar", "--create", "--file", working / "root.tar", "--directory", root, "--sort=name", "--numeric-owner",
-        "--xattrs", "--xattrs-include=*", ".")  # fmt: skip
-    shutil.rmtree(root)
+    try:
+        yield working
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)  # half a gigabyte; what went wrong is in the log
+        raise
+    run("sync", "--file-system", working)  # what has its name is whole, and is never looked at again
     working.rename(directory)
-    return Base(directory, cached=False)
+
+
+def _make(recipe: Recipe, pinned: Lock, host: str, cache: Path, working: Path, shown: Shown) -> None:
+    root = working / "root"
+    if recipe.base.kind == "image":  # before anything is fetched for it
+        shown("opening the image")
+        opened.open_image(recipe.base, root, working / "boot", working)
+        _check_packages(recipe, root)
+    sets = (lock.TARGET, lock.HEADERS, f"twin-{host}")
+    files = debs.collect([pin for name in sets for pin in pinned.sets[name]], recipe.base, cache, shown)
+    shown("unpacking tools")
+    debs.unpack([files[pin] for pin in pinned.sets[f"twin-{host}"]], working / "twin")
+    debs.unpack([files[pin] for pin in pinned.sets[lock.HEADERS]], working / "headers")
+    if recipe.base.kind != "image":
+        shown("installing packages")
+        _bootstrap(recipe, {pin: files[pin] for pin in pinned.sets[lock.TARGET]}, root, working)
+    _remove_traces(root)
+    _compile_system(root, working / "twin")
+    shown("packing")
+    _pack(root, working / "root.tar")
+    shutil.rmtree(root)
+
+
+def _check_packages(recipe: Recipe, root: Path) -> None:
+    """That an opened image has the packages of the recipe; none can be added to it."""
+    status = root / "var/lib/dpkg/status"
+    if not status.exists():
+        raise SourceError(
+            f"{recipe.base.source} is no Debian system: it has no {status.relative_to(root)}; name another"
+        )
+    there = set(_INSTALLED.findall(status.read_text(errors="replace")))
+    absent = sorted(set(recipe.packages) - there)
+    if absent:
+        raise SourceError(
+            f"{recipe.base.source} has no package {', '.join(absent)}: take that out of the recipe's packages, or take"
+            " an image that has it"
+        )
 
 
 def enable_emulation(architecture: str) -> None:
@@ -134,59 +205,66 @@ def _foreign(architecture: str) -> bool:
     return run("dpkg", "--print-architecture").strip() != architecture
 
 
-def _digest(recipe: Recipe) -> str:
-    wanted = {name: value for name, value in asdict(recipe).items() if name in _KEYS}
+def _digest(recipe: Recipe, pinned: Lock, host: str) -> str:
+    """What a base depends on; not the addresses of the archives, since digests say what came from them."""
+    wanted = {
+        "suite": recipe.base.suite,
+        "exclude": recipe.exclude,
+        # An opened image is looked into for the recipe's packages while it is made a base, and then no more.
+        "image": [recipe.base.source_sha256, *sorted(recipe.packages)] if recipe.base.kind == "image" else "",
+        "packages": [pin.line for name in (lock.TARGET, lock.HEADERS, f"twin-{host}") for pin in pinned.sets[name]],
+    }
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode())
-    for source in (Path(__file__), _HERE / "twins.py"):
-        digest.update(source.read_bytes())
+    for name in ("base.py", "debs.py", "opened.py", "python.py", "twins.py"):
+        digest.update((_HERE / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _mmdebstrap(recipe: Recipe, *arguments: str, log: Path) -> None:
-    mirror = [recipe.mirror] if recipe.mirror else []
-    *options, target = arguments
-    run(
-        "mmdebstrap",
-        "--mode=root",
-        f"--components={','.join(recipe.components)}",
-        "--aptopt=APT::Install-Recommends false",
-        "--aptopt=Acquire::Retries 3",
-        *options,
-        recipe.suite,
-        target,
-        *mirror,
-        env={"PYTHONPATH": str(_HERE.parent)},
-        log=log,
-    )
-
-
-def _extract_twin(recipe: Recipe, twin: Path, log: Path) -> None:
-    _mmdebstrap(recipe, "--variant=extract", f"--include={','.join(twins.PACKAGES)}", str(twin), log=log)
-
-
-def _bootstrap(recipe: Recipe, root: Path, working: Path) -> None:
+def _bootstrap(recipe: Recipe, files: Mapping[Pin, Path], root: Path, working: Path) -> None:
     patterns = [
         f"--dpkgopt=path-include={item[1:]}" if item.startswith("+") else f"--dpkgopt=path-exclude={item}"
         for item in recipe.exclude
     ]
-    borrowed = working / "twin" if _foreign(recipe.architecture) else ""
-    headers = working / "headers"
-    headers.mkdir()
-    python = sys.executable
-    _mmdebstrap(
-        recipe,
+    enable_emulation(recipe.base.architecture)
+    python = shlex.quote(sys.executable)
+    borrowed = shlex.quote(str(working / "twin")) if _foreign(recipe.base.architecture) else ""
+    archive = debs.write_pool(files, working / "archive", recipe.base.suite, recipe.base.architecture)
+    run(
+        "mmdebstrap",
+        "--mode=root",
         "--variant=essential",
-        f"--architectures={recipe.architecture}",
-        f"--include={','.join(recipe.packages)}",
+        f"--architectures={recipe.base.architecture}",
+        "--aptopt=APT::Install-Recommends false",
+        # All by name: what is installed is what is locked, not what apt makes of it a second time.
+        f"--include={','.join(sorted(pin.name for pin in files))}",
         "--dpkgopt=force-unsafe-io",
         *patterns,
         f'--extract-hook={python} -m image.twins install "$1" {borrowed}',
         f'--customize-hook={python} -m image.twins remove "$1"',
-        f"--customize-hook=cd {headers} && APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get download {_HEADERS} "
-        f"&& dpkg-deb -x {_HEADERS}_*.deb . && rm {_HEADERS}_*.deb",
-        str(root),
+        recipe.base.suite,
+        root,
+        archive,
+        env={"PYTHONPATH": str(_HERE.parent), "SOURCE_DATE_EPOCH": str(EPOCH)},
         log=working / "bootstrap.log",
     )
+    shutil.rmtree(working / "archive")
+    if borrowed:
+        twins.check_removed(root)
+
+
+def _pack(root: Path, tar: Path) -> None:
+    """The tree as a tar that depends on nothing but the tree: sorted, and no time later than the epoch."""
+    run("tar", "--create", "--file", tar, "--directory", root, "--sort=name", "--numeric-owner", "--format=posix",
+        "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime", f"--mtime=@{EPOCH}", "--clamp-mtime",
+        "--xattrs", "--xattrs-include=*", ".")  # fmt: skip
+
+
+def _compile_system(root: Path, twin: Path) -> None:
+    """Byte code of the system's Python that no change of a file's time makes invalid: the image's root is read-only."""
+    for place in ("usr/lib/python3.13", "usr/lib/python3"):
+        for stale in (root / place).rglob("__pycache__"):
+            shutil.rmtree(stale)
+        compile_python(twin, root / place, f"/{place}")
 
 
 def _remove_traces(root: Path) -> None:
@@ -198,3 +276,4 @@ def _remove_traces(root: Path) -> None:
                 path.unlink()
     # Empty, so that systemd makes one at the first boot without taking it for the very first boot of all.
     (root / "etc/machine-id").write_text("")
+    (root / "etc/machine-id").chmod(0o444)

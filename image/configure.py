@@ -2,10 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from image import signing
 from image.base import Base
-from image.errors import ImageError
+from image.errors import ImageError, RecipeError
+from image.layout import Layout
 from image.recipe import Recipe
 from image.release import device_release
 from image.render import render
@@ -13,25 +16,38 @@ from image.render import render
 _HERE = Path(__file__).parent
 _AGENT = _HERE.parent / "firmware_agent"
 
-#: The agent's user and the groups of its devices, with fixed numbers: state survives a change of the image.
+#: The agent's user and the groups of its devices, with fixed numbers: state survives a change of the image. A group
+#: that the base has already keeps its own: devices belong to it, and no file.
 AGENT_ID = 900
 _GROUPS = {"gpio": 901}
 _SUPPLEMENTARY = ("gpio", "tss")
 
+#: The release that the image brings.
+RELEASES = "usr/lib/picket/releases"
+
 #: Where the agent's settings look for the update root.
 UPDATE_ROOT = "usr/share/picket/root.json"
+
+#: Where units keep their key, by what the recipe says of the TPM.
+_KEY_STORES = {"yes": "tpm", "no": "file", "probe": "probe-once"}
 
 #: Directories in which systemd looks for a unit file.
 _UNIT_PATHS = ("etc/systemd/system", "usr/lib/systemd/system")
 
 _ENABLED = (
+    "nftables.service",
     "picket-agent.service",
     "picket-clock.timer",
     "picket-factory.service",
+    "picket-grow.service",
     "picket-hostkey.service",
     "picket-reboot.path",
     "picket-seal.path",
+    "picket-slots-check.service",
+    "picket-slots.socket",
+    "picket-trial.timer",
     "picket-vtpm.service",
+    "picket-zram.service",
     "ssh.service",
     "systemd-networkd.service",
     "systemd-resolved.service",
@@ -47,12 +63,16 @@ _MASKED = (
     "dev-hugepages.mount",
     "dev-mqueue.mount",
     "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
     "getty.target",
     "getty@.service",
+    "kmod-static-nodes.service",
     "ldconfig.service",
     "modprobe@.service",
     "proc-sys-fs-binfmt_misc.automount",
     "proc-sys-fs-binfmt_misc.mount",
+    "run-lock.mount",
     "serial-getty@.service",
     "ssh.socket",
     "sshd-keygen.service",
@@ -62,6 +82,7 @@ _MASKED = (
     "sys-kernel-tracing.mount",
     "systemd-binfmt.service",
     "systemd-firstboot.service",
+    "systemd-hostnamed.socket",
     "systemd-hwdb-update.service",
     "systemd-journal-catalog-update.service",
     "systemd-journal-flush.service",
@@ -73,6 +94,10 @@ _MASKED = (
     "systemd-pcrphase-sysinit.service",
     "systemd-pcrphase.service",
     "systemd-pstore.service",
+    "systemd-remount-fs.service",
+    "systemd-sysext.socket",
+    "systemd-tmpfiles-setup-dev-early.service",
+    "systemd-tmpfiles-setup-dev.service",
     "systemd-tpm2-setup-early.service",
     "systemd-tpm2-setup.service",
     "systemd-udev-load-credentials.service",
@@ -81,16 +106,19 @@ _MASKED = (
     "wpa_supplicant.service",
 )
 
-#: Generators that look for what this image never has; fstab's and the command line's stay.
+#: All generators: they look for what this image never has, or would take orders from the command line.
 _MASKED_GENERATORS = (
     "systemd-bless-boot-generator",
     "systemd-cryptsetup-generator",
+    "systemd-debug-generator",
     "systemd-factory-reset-generator",
+    "systemd-fstab-generator",
     "systemd-getty-generator",
     "systemd-gpt-auto-generator",
     "systemd-hibernate-resume-generator",
     "systemd-integritysetup-generator",
     "systemd-rc-local-generator",
+    "systemd-run-generator",
     "systemd-ssh-generator",
     "systemd-system-update-generator",
     "systemd-sysv-generator",
@@ -100,13 +128,16 @@ _MASKED_GENERATORS = (
 
 
 def install_agent(root: Path, base: Base, library: Path, recipe: Recipe) -> None:
-    """The agent as the very release that an archive of it would install, and the link that says it is in force."""
-    releases = root / "opt/picket/releases"
+    """The agent as the very release that an archive of it would install.
+
+    It is root's, read-only and verified; each slot's own directory of releases begins with a link to it (image/init).
+    """
+    releases = root / RELEASES
     releases.mkdir(parents=True)
     release = device_release(releases, base, library, recipe)
-    (root / "opt/picket/current").symlink_to(f"releases/{release.name}")
     for path in (releases, release, *release.rglob("*")):
         os.chown(path, 0, 0)
+    (root / "opt/picket").mkdir()
 
 
 def install_launcher(root: Path) -> None:
@@ -126,37 +157,67 @@ def install_update_root(root: Path, trusted: Path | None) -> None:
     target.chmod(0o644)
 
 
-def give_releases_to_the_agent(root: Path) -> None:
-    """The agent installs releases beside the image's own and switches between them, so the directory is the agent's."""
-    top = root / "opt/picket"
-    for path in (top, *top.rglob("*")):
-        os.chown(path, AGENT_ID, AGENT_ID, follow_symlinks=False)
+def check_shared(root: Path, recipe: Recipe) -> None:
+    """That there is what both slots are to share: /init takes the first copy of each directory out of the root.
+
+    Raises:
+        RecipeError: a directory is not there.
+    """
+    for path in recipe.shared:
+        if not (root / path.lstrip("/")).is_dir():
+            raise RecipeError(
+                f"{recipe.file}: shared: the image has no directory {path}; add it by files, or take it out"
+            )
 
 
-def install_files(root: Path) -> None:
-    """Copy `image/files/` over the root; everything belongs to root, and only programs are executable."""
-    top = _HERE / "files"
-    for source in sorted(top.rglob("*")):
-        target = root / source.relative_to(top)
-        if source.is_dir():
-            if not target.exists():
-                target.mkdir(mode=0o755)
-        else:
-            shutil.copyfile(source, target)
-            target.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
+def install_signers(root: Path, public_line: str) -> None:
+    """Whose signature lets another image into a slot, and who may take a unit back into factory mode."""
+    namespaces = [signing.BUNDLE, signing.IMAGE, signing.FACTORY_MODE]
+    _text(root, "usr/share/picket/os-signers", signing.allowed_signers([public_line], namespaces))
 
 
-def write_settings(root: Path, recipe: Recipe, root_partuuid: str, boot_partuuid: str, factory_key: str) -> None:
+def install_files(root: Path, more: Sequence[Path] = ()) -> None:
+    """Copy `image/files/` and the recipe's own over the root; all is root's, and only programs are executable.
+
+    Symbolic links stay what they are.
+    """
+    for top in (_HERE / "files", *more):
+        for source in sorted(top.rglob("*")):
+            if "__pycache__" in source.parts:
+                continue
+            target = root / source.relative_to(top)
+            if source.is_symlink():  # as it stands: it leads somewhere on the unit, not here
+                target.unlink(missing_ok=True)
+                target.symlink_to(source.readlink())
+            elif source.is_dir():
+                if not target.exists():
+                    target.mkdir(mode=0o755)
+            else:
+                shutil.copyfile(source, target)
+                target.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
+
+
+def write_settings(root: Path, recipe: Recipe, layout: Layout, factory_key: str) -> None:
     """Everything that is rendered from the recipe."""
     names = {"name": recipe.name, "version": recipe.version}
-    _text(root, "etc/picket/agent.toml", render("agent.toml", **names, key_store=recipe.key_store))
+    _text(
+        root,
+        "etc/picket/agent.toml",
+        render(
+            "agent.toml", **names, key_store=_KEY_STORES[recipe.tpm], pir_line=recipe.pir_line, endpoint=recipe.endpoint
+        ),
+    )
     _text(root, "etc/picket/factory_authorized_keys", render("factory_authorized_keys", factory_key=factory_key))
-    _text(root, "etc/fstab", render("fstab", root_partuuid=root_partuuid, boot_partuuid=boot_partuuid))
+    _text(root, "etc/fstab", render("fstab"))
     _text(root, "etc/hostname", f"{recipe.hostname}\n")
+    described = layout.description(recipe.name, recipe.version, recipe.security_version, recipe.hardware)
+    _text(root, "usr/lib/picket/layout.json", described)
     release = root / "usr/lib/os-release"
     release.write_text(render("os-release", debian=release.read_text(), **names))
-    (root / "etc/resolv.conf").unlink(missing_ok=True)
-    (root / "etc/resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    _link(root / "etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")
+    _link(root / "etc/hosts", "../run/hosts")
+    _link(root / "etc/tmpfiles.d/provision.conf", "/dev/null")  # takes keys and users from whoever starts the board
+    (root / "data").mkdir(mode=0o755)
 
 
 def create_users(root: Path) -> None:
@@ -167,14 +228,25 @@ def create_users(root: Path) -> None:
     _append(root / "etc/shadow", "picket:*:20000::::::")
     _append(root / "etc/group", f"picket:x:{AGENT_ID}:")
     _append(root / "etc/gshadow", "picket:*::")
+    there = {line.partition(":")[0] for line in (root / "etc/group").read_text().splitlines()}
     for name, number in _GROUPS.items():
+        if name in there:
+            continue
         _append(root / "etc/group", f"{name}:x:{number}:")
         _append(root / "etc/gshadow", f"{name}:*::")
     _add_member(root / "etc/group", "picket", _SUPPLEMENTARY, field=3)
     _add_member(root / "etc/gshadow", "picket", _SUPPLEMENTARY, field=3)
+    _lock_passwords(root / "etc/shadow")
     state = root / home.removeprefix("/")
     state.mkdir(mode=0o700)
     os.chown(state, AGENT_ID, AGENT_ID)
+
+
+def drop_privileged_programs(root: Path) -> None:
+    """Nothing on a unit becomes another user by being started: what must be root is started by systemd."""
+    for path in root.rglob("*"):
+        if path.is_file() and not path.is_symlink() and (mode := path.stat().st_mode) & 0o6000:
+            path.chmod(mode & 0o1777)
 
 
 def choose_units(root: Path) -> None:
@@ -198,13 +270,14 @@ def set_epoch(root: Path, epoch: int) -> None:
     os.utime(stamp, (epoch, epoch))
 
 
-def mark_updated(root: Path) -> None:
+def mark_updated(root: Path, epoch: int) -> None:
     """Tell systemd that /etc and /var belong to this /usr, so that no unit makes them anew at the first boot."""
-    moment = (root / "usr").stat().st_mtime_ns
+    moment = epoch * 10**9
     for place in ("etc", "var"):
         stamp = root / place / ".updated"
         stamp.write_text(f"# Written when the image was built.\nTIMESTAMP_NSEC={moment}\n")
         os.utime(stamp, ns=(moment, moment))
+    os.utime(root / "usr", ns=(moment, moment))
 
 
 def _text(root: Path, name: str, text: str) -> None:
@@ -234,6 +307,15 @@ def _add_member(path: Path, user: str, groups: tuple[str, ...], field: int) -> N
             columns[field] = ",".join(filter(None, [columns[field], user]))
             lines[number] = ":".join(columns)
     path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _lock_passwords(path: Path) -> None:
+    """Nobody has a password, whatever the base says of its users."""
+    lines = [line.split(":") for line in path.read_text().splitlines()]
+    for columns in lines:
+        if columns[1] not in {"*", "!", "!*"}:
+            columns[1] = "*"
+    path.write_text("".join(f"{':'.join(columns)}\n" for columns in lines))
 
 
 def _unit_file(root: Path, name: str) -> Path:

@@ -1,7 +1,10 @@
 """The agent's Python packages for the device, from the hash-pinned lock, without running anything of the device.
 
 Every package but one has a wheel for the device's Python. `lgpio` publishes none for Python 3.13, so its source (pinned
-by the same lock) is compiled here with Debian's cross compiler. The result is cached by the lock.
+by the same lock) is compiled here with Debian's cross compiler. The result is cached by the lock, and what was
+downloaded is kept beside it:
+
+    <cache>/downloads/*.whl, lgpio-*.tar.gz
 """
 
 import hashlib
@@ -12,12 +15,13 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from image import python
 from image.base import Base
-from image.errors import ImageError
-from image.run import multiarch, run
+from image.debs import Shown
+from image.errors import CommandFailedError, ImageError
+from image.python import PYTHON, compile_python
+from image.run import run
 
-#: The device's Python, as wheels and extension modules name it.
-PYTHON = "3.13"
 _EXTENSION_SUFFIX = ".cpython-313-aarch64-linux-gnu.so"
 _COMPILER = "aarch64-linux-gnu-gcc"
 _STRIP = "aarch64-linux-gnu-strip"
@@ -36,22 +40,6 @@ _REQUIREMENT = re.compile(
     r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;\\]+)[^\n]*(?:\n[ \t]+[^\n]*)*\n?", re.MULTILINE
 )
 
-#: Runs in the twin's Python 3.13 and writes the .pyc files that the device's Python would write, before it has to.
-_COMPILE = """
-import os, py_compile, sys
-top, seen = sys.argv[1:]
-for folder, folders, names in os.walk(top):
-    folders.sort()  # what was compiled before can change a bit or two of what comes after
-    for name in sorted(names):
-        if name.endswith('.py'):
-            path = os.path.join(folder, name)
-            try:
-                py_compile.compile(path, dfile=seen + path[len(top):], doraise=True,
-                                   invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-            except py_compile.PyCompileError:
-                pass
-"""
-
 
 def versions(lock: str) -> dict[str, str]:
     """Name and version of every package of a lock that goes on to the device."""
@@ -59,42 +47,38 @@ def versions(lock: str) -> dict[str, str]:
     return {name: version for name, version in found.items() if name not in _LEFT_OUT}
 
 
-def device_library(lock: Path, base: Base, cache: Path) -> Path:
-    """The directory with all packages of the lock, installed and byte-compiled for the device."""
+def device_library(lock: Path, base: Base, cache: Path, shown: Shown = lambda _: None) -> Path:
+    """The directory with all packages of the lock, installed and byte-compiled for the device; `shown` is told how."""
     text = lock.read_text()
-    digest = hashlib.sha256(text.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-    finished = cache / f"wheels-{digest}"
+    finished = cache / f"wheels-{_digest(text, base)}"
     if finished.exists():
+        shown("cached")
         return finished
-    with tempfile.TemporaryDirectory(dir=cache, prefix="wheels-") as name:
+    with tempfile.TemporaryDirectory(dir=cache, prefix="build-wheels-") as name:
         working = Path(name)
         library = working / "lib"
         own = [match for match in _REQUIREMENT.finditer(text) if match["name"] == "lgpio"]
         others = _REQUIREMENT.sub(lambda match: "" if match["name"] in {"lgpio", *_LEFT_OUT} else match[0], text)
-        _install(others, library, working)
+        shown("installing")
+        _install(others, library, working, cache)
+        shown("compiling")
         for match in own:
-            _compile_lgpio(match[0], base, library, working)
+            _compile_lgpio(match[0], base, library, working, cache)
         _trim(library)
-        compile_python(base, library, f"/opt/picket/current/{library.name}")
+        compile_python(base.twin, library, f"/opt/picket/current/{library.name}")
+        run("sync", "--file-system", library)  # what has its name is whole, and is never looked at again
         library.rename(finished)
+    shown("made")
     return finished
 
 
-def compile_python(base: Base, tree: Path, seen_as: str) -> None:
-    """Byte-compile a tree with the device's version of Python; files that are not for it are passed over.
-
-    The .pyc files are unchecked: nobody edits an installed release, and the device saves the comparison.
-
-    Args:
-        base: whose twin carries the interpreter.
-        tree: the files, where they are now.
-        seen_as: their place on the device, for tracebacks.
-    """
-    usr = base.twin / "usr"
-    libraries = usr / "lib" / multiarch()
-    loader = next(libraries.glob("ld-linux-*.so.*"))
-    run(loader, "--library-path", libraries, usr / f"bin/python{PYTHON}", "-S", "-c", _COMPILE,
-        tree, seen_as, env={"PYTHONHOME": str(usr), "PYTHONPATH": "", "PYTHONHASHSEED": "0"})  # fmt: skip
+def _digest(lock: str, base: Base) -> str:
+    """What a library depends on: the lock, how it is made, and the Python that compiles it."""
+    digest = hashlib.sha256(lock.encode())
+    compiler = base.twin / f"usr/bin/python{PYTHON}", base.headers / f"usr/include/python{PYTHON}/patchlevel.h"
+    for path in (Path(__file__), Path(python.__file__), *compiler):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _trim(library: Path) -> None:
@@ -112,30 +96,53 @@ def _trim(library: Path) -> None:
         run(_STRIP, "--strip-unneeded", path)
 
 
-def _install(requirements: str, library: Path, working: Path) -> None:
+def _install(requirements: str, library: Path, working: Path, cache: Path) -> None:
     listed = working / "requirements.txt"
     listed.write_text(requirements)
     platforms = [option for tag in _PLATFORMS for option in ("--platform", tag)]
-    run(sys.executable, "-m", "pip", "install", "--target", library, *platforms, "--implementation", "cp",
-        "--python-version", PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-compile",
-        "--requirement", listed)  # fmt: skip
+    kind = [*platforms, "--implementation", "cp", "--python-version", PYTHON, "--only-binary", ":all:"]
+    downloads = _downloaded(listed, kind, cache)
+    run(sys.executable, "-m", "pip", "install", "--target", library, *kind, "--require-hashes", "--no-deps",
+        "--no-compile", "--no-index", "--find-links", downloads, "--requirement", listed)  # fmt: skip
 
 
-def _compile_lgpio(requirement: str, base: Base, library: Path, working: Path) -> None:
-    """Compile lgpio as its own setup.py does for a self-contained module (PYPI=1): C library and wrapper in one."""
+def _downloaded(listed: Path, kind: list[str], cache: Path) -> Path:
+    """The directory of downloads, with all that is listed in it; pip compares each with the lock's hashes."""
+    downloads = cache / "downloads"
+    downloads.mkdir(exist_ok=True)
+    command = (sys.executable, "-m", "pip", "download", *kind, "--require-hashes", "--no-deps",
+               "--requirement", listed, "--dest", downloads)  # fmt: skip
+    try:
+        run(*command, "--no-index", "--find-links", downloads)
+    except CommandFailedError:
+        run(*command)
+    return downloads
+
+
+def _compile_lgpio(requirement: str, base: Base, library: Path, working: Path, cache: Path) -> None:
+    """Compile lgpio as its own setup.py does for a self-contained module (PYPI=1): C library and wrapper in one.
+
+    Neither the place where it is compiled nor that of the headers is in the result.
+    """
     listed = working / "lgpio.txt"
     listed.write_text(re.sub(r";[^\\\n]*", "", requirement, count=1))
-    run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-        "--require-hashes", "--requirement", listed, "--dest", working)  # fmt: skip
-    archive = next(working.glob("lgpio-*.tar.gz"), None)
-    if archive is None:
-        raise ImageError("the source of lgpio was not downloaded")
+    downloads = _downloaded(listed, ["--no-binary", ":all:", "--no-build-isolation"], cache)
+    version = versions(requirement)["lgpio"]
+    archive = downloads / f"lgpio-{version}.tar.gz"
+    if not archive.exists():
+        raise ImageError(f"the source of lgpio {version} was not downloaded")
     with tarfile.open(archive) as tar:
         tar.extractall(working, filter="data")
     source = working / archive.name.removesuffix(".tar.gz")
     include = base.headers / "usr/include"
     run("swig", "-python", "-o", "lgpio_wrap.c", "lgpio.i", cwd=source)
-    run(_COMPILER, "-shared", "-fPIC", "-O2", "-pthread", "-Isrc", f"-I{include}/python{PYTHON}", f"-I{include}",
+    placeless = (
+        f"-ffile-prefix-map={source}=lgpio",
+        f"-ffile-prefix-map={base.headers}=headers",
+        "-Wl,--build-id=none",
+    )
+    run(_COMPILER, "-shared", "-fPIC", "-O2", "-pthread", *placeless,
+        "-Isrc", f"-I{include}/python{PYTHON}", f"-I{include}",
         "-o", library / f"_lgpio{_EXTENSION_SUFFIX}", "lgpio_wrap.c", "src/rgpiod.c",
         *(path.relative_to(source) for path in sorted(source.glob("src/lg*.c"))), "-lrt", "-ldl",
         cwd=source)  # fmt: skip
