@@ -1,24 +1,51 @@
-"""The initramfs, made natively: busybox, the modules that lead to the root file system, and our own /init.
+"""The initramfs, made natively: a few programs, the modules that lead to the root file system, and our own /init.
 
-Debian's kernel has ext4 and every disk driver as modules. Which ones a board needs on the way to its root is read from
-its device tree: every module that drives a compatible device of a kind listed in `_ON_THE_WAY`.
+Debian's kernel has its file systems and every disk driver as modules. Which ones a board needs on the way to its root
+is read from its device tree: every module that drives a compatible device of a kind listed in `_ON_THE_WAY`.
+
+/init is told what it must know by two small files: `layout` (shell variables: which partition is what) and `shared`
+(which directories both slots share).
 """
 
 import fnmatch
 import gzip
 import lzma
+import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from image.errors import ImageError
+from image.run import run
 
-_INIT = Path(__file__).with_name("init")
+#: What the kernel starts.
+INIT = Path(__file__).with_name("init")
 
-#: For any board, by name: the file system, and the disks of QEMU's machines. crc32c is asked for by ext4 through the
-#: crypto API, which names no module.
-_ALWAYS = ("crc32c_generic", "ext4", "virtio_blk", "virtio_mmio", "virtio_pci")
+#: For any board, by name: the file systems with what they ask for by other ways than by a module's name (crc32c through
+#: the crypto API, FAT's character sets).
+_ALWAYS = (
+    "crc32c_generic",
+    "dm_verity",
+    "ext4",
+    "nls_ascii",
+    "nls_cp437",
+    "nls_utf8",
+    "overlay",
+    "squashfs",
+    "vfat",
+)
+
+#: The disks of QEMU's machines, which Raspberry Pi's own kernels have no drivers for.
+_VIRTUAL = ("virtio_blk", "virtio_mmio", "virtio_pci")
+
+#: Faster SHA-256 for verity, the best last; a processor without the instructions refuses the module, which is no harm.
+_FASTER = ("sha256_arm64", "sha2_ce")
+
+#: Programs of the root that /init uses; their libraries come along.
+_PROGRAMS = ("usr/sbin/dmsetup", "usr/sbin/e2fsck")
+_LIBRARIES = "usr/lib/aarch64-linux-gnu"
+_LOADER = "lib/ld-linux-aarch64.so.1"
 
 #: Kinds of drivers that can stand between the SoC and its SD card.
 _ON_THE_WAY = tuple(
@@ -126,6 +153,10 @@ class Modules:
                     ordered.append(needed)
         return ordered
 
+    def has(self, name: str) -> bool:
+        """Whether there is a loadable module of this name, or a built-in one."""
+        return name in self._by_name or name in self._builtin
+
     def read(self, path: str) -> bytes:
         """A module's ELF file, unpacked."""
         data = (self._directory / path).read_bytes()
@@ -137,17 +168,71 @@ def module_name(path: str) -> str:
     return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
 
 
-def build(root: Path, kernel: str, trees: Mapping[str, bytes]) -> bytes:
-    """The gzipped initramfs for a kernel of `root` and the boards of these device trees."""
+def build(
+    root: Path, kernel: str, trees: Mapping[str, bytes], layout: Mapping[str, object], shared: Sequence[str]
+) -> bytes:
+    """The gzipped initramfs for a kernel of `root`, the boards of these device trees, and a disk.
+
+    Args:
+        root: where programs and modules come from.
+        kernel: its version.
+        trees: device trees by name.
+        layout: variables for /init, by name.
+        shared: directories that both slots share.
+    """
     modules = Modules(root / "usr/lib/modules" / kernel)
-    paths = modules.in_order({*_ALWAYS, *modules.for_device_trees(trees.values())})
+    faster = [name for name in _FASTER if modules.has(name)]
+    virtual = [name for name in _VIRTUAL if modules.has(name)]
+    paths = modules.in_order({*_ALWAYS, *virtual, *modules.for_device_trees(trees.values())})
+    paths += [path for path in modules.in_order(faster) if path not in paths]
     names = [module_name(path) + ".ko" for path in paths]
+    busybox = root / "usr/bin/busybox"
+    programs = [root / name for name in _PROGRAMS]
+    for path in (busybox, *programs):
+        if not path.is_file():
+            raise ImageError(f"the root has no {path.relative_to(root)}, which the initramfs needs: add its package")
     entries = [
-        *(directory(name) for name in ("bin", "dev", "modules", "proc", "root", "sys")),
+        *(directory(name) for name in _DIRECTORIES),
         Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-        file("bin/busybox", (root / "usr/bin/busybox").read_bytes(), executable=True),
-        file("init", _INIT.read_bytes(), executable=True),
+        file("bin/busybox", busybox.read_bytes(), executable=True),
+        *(file(f"bin/{path.name}", path.read_bytes(), executable=True) for path in programs),
+        file(_LOADER, (root / "usr" / _LOADER).resolve().read_bytes(), executable=True),
+        *(
+            file(f"lib/{name}", (root / _LIBRARIES / name).read_bytes())
+            for name in libraries(root, [busybox, *programs])
+        ),
+        file("init", INIT.read_bytes(), executable=True),
+        file("layout", "".join(f"{name}={value}\n" for name, value in layout.items()).encode()),
+        file("shared", "".join(f"{path}\n" for path in shared).encode()),
         *(file(f"modules/{name}", modules.read(path)) for name, path in zip(names, paths, strict=True)),
         file("modules/order", "".join(f"{name}\n" for name in names).encode()),
     ]
     return gzip.compress(cpio(entries), compresslevel=6, mtime=0)
+
+
+_DIRECTORIES = ("bin", "control", "dev", "lib", "modules", "proc", "root", "sys")
+
+
+def libraries(root: Path, programs: Iterable[Path]) -> list[str]:
+    """Names of the shared libraries that programs of `root` need, and that those need.
+
+    Raises:
+        ImageError: the root does not have one.
+    """
+    found: set[str] = set()
+    waiting = list(programs)
+    while waiting:
+        for name in _needed(waiting.pop()):
+            path = root / _LIBRARIES / name
+            if name.startswith("ld-linux") or name in found:
+                continue
+            if not path.exists():
+                raise ImageError(f"the root has no {name}, which a program of the initramfs needs")
+            found.add(name)
+            waiting.append(path)
+    return sorted(found)
+
+
+def _needed(program: Path) -> list[str]:
+    said = run("readelf", "--dynamic", "--wide", program)
+    return re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", said)

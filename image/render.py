@@ -9,6 +9,7 @@ _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_TEMPLATES),
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
+    trim_blocks=True,
     autoescape=False,  # noqa: S701 - configuration files, no markup
 )
 

@@ -1,4 +1,5 @@
 import lzma
+import re
 import shutil
 import stat
 import subprocess
@@ -95,6 +96,10 @@ def test_a_built_in_module_needs_no_file(modules: Modules) -> None:
     assert modules.in_order(["virtio_pci"]) == []
 
 
+def test_a_kernel_has_what_is_loadable_or_built_in(modules: Modules) -> None:
+    assert [modules.has(name) for name in ("ext4", "virtio_pci", "virtio_blk")] == [True, True, False]
+
+
 def test_a_module_that_is_nowhere_stops_the_build(modules: Modules) -> None:
     with pytest.raises(ImageError, match="btrfs"):
         modules.in_order(["btrfs"])
@@ -115,3 +120,24 @@ def test_modules_are_unpacked(modules: Modules) -> None:
 )
 def test_the_kernel_knows_a_module_by_its_name_with_underscores(path: str, name: str) -> None:
     assert initramfs.module_name(path) == name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("picket", "picket"),
+        ("picket-????", "picket-0123"),
+        ("a?b-?", "a0b-1"),
+        ("u" + "?" * 62, "u" + ("0123456789abcdef" * 4)[:62]),
+    ],
+)
+def test_a_hostnames_question_marks_become_the_units_digits(pattern: str, name: str) -> None:
+    function = re.search(r"^name_from\(\) \{\n.*?^\}\n", Path("image/init").read_text(), re.MULTILINE | re.DOTALL)
+    assert function is not None
+
+    said = subprocess.run(
+        ["busybox", "sh", "-c", f'{function[0]}name_from "$1" "$2"', "sh", pattern, "0123456789abcdef" * 4 + "  -"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert said.stdout == f"{name}\n"
