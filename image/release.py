@@ -26,8 +26,8 @@ from typing import Any
 from firmware_agent.update import BadArchive, archive, delta
 from image.base import Base
 from image.errors import ImageError
+from image.python import PYTHON, compile_python
 from image.recipe import Recipe
-from image.wheels import PYTHON, compile_python
 
 _AGENT = Path(__file__).parent.parent / "firmware_agent"
 _VERSION_LINE = re.compile(r'^__version__ = "(?P<version>[^"]*)"$', re.MULTILINE)
@@ -92,7 +92,7 @@ def device_release(
     manifest = _manifest(recipe, version, recipe.hardware, PYTHON, min_from)
     tree = folder / "tree"
     _copy_agent(tree, manifest)
-    compile_python(base, tree / _AGENT.name, f"{_IN_FORCE}/{_AGENT.name}")
+    compile_python(base.twin, tree / _AGENT.name, f"{_IN_FORCE}/{_AGENT.name}")
     shutil.copytree(library, tree / "lib", symlinks=True)
     return _settle(tree, manifest)
 

@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 
 from image import bmap
-from image.manifest import ImageManifest, Package, Partition
-from image.manifest import digest as file_digest
+from image.manifest import ImageManifest, Package, Partition, Support, shipped
 from image.recipe import load
-from image.release import agent_version, simulated_release
+from image.release import SIMULATED_HARDWARE, agent_version, simulated_release
 
 NAME, VERSION = "picket-sample", "1"
 SIZE = 16 * 2**20
@@ -110,14 +109,20 @@ def build(description: Path, trust: Path | None = None) -> ImageManifest:
         name=NAME,
         version=VERSION,
         agent=agent_version(),
-        image=image.name,
-        sha256=file_digest(image),
-        size=SIZE,
-        compressed=None,
-        compressed_sha256=None,
-        bmap=block_map.name,
-        bmap_sha256=file_digest(block_map),
         kernel="-",
+        security_version=load(RECIPE).security_version,
+        epoch=0,
+        base=None,
+        boards=("simulated",),
+        hardware=SIMULATED_HARDWARE,
+        control=None,
+        verity=None,
+        support=Support(None, None),
+        factory_key=None,
+        image=shipped(image),
+        compressed=None,
+        bmap=shipped(block_map),
+        bundle=None,
         partitions=(Partition(1, "tar", "SETTINGS", PARTITION_START, PARTITION_SIZE, "-", "-"),),
         packages=(Package("sample", NAME, VERSION),),
         directory=folder,

@@ -7,7 +7,8 @@ set -eu
 packages="
 mmdebstrap arch-test debian-archive-keyring : the base root file system, from Debian's packages
 dosfstools mtools e2fsprogs fdisk    : file systems and partition table, without loop devices
-zstd xz-utils kmod busybox-static    : compression, module lists, the initramfs' shell
+squashfs-tools cryptsetup-bin        : the root, and the tree of hashes that verifies it
+zstd xz-utils kmod busybox-static binutils : compression, module lists, the initramfs' shell and libraries
 device-tree-compiler                 : our overlays, and the virtual Pi's device tree
 swig                                 : lgpio for the device's Python, which has no wheel
 python3-venv                         : the virtual environment
@@ -15,6 +16,9 @@ bmap-tools                           : the tests compare our block map with bmap
 qemu-system-arm qemu-utils           : the virtual Pi
 swtpm swtpm-tools                    : its TPM
 libtpm2-pkcs11-1                     : a TPM for the simulated board
+softhsm2                             : a token in the tests of signing
+gnupg dpkg-dev                       : a signed archive of packages, for the tests
+faketime                             : another clock, for the test that builds twice
 mosquitto cpio                       : independent peers in the tests: a broker, an archiver
 "
 if [ "$(dpkg --print-architecture 2>/dev/null || true)" = arm64 ]; then
