@@ -35,6 +35,7 @@ from firmware_agent.link import Link
 from firmware_agent.pins import Pir
 from firmware_agent.rotation import KeyInForce, Rotation
 from firmware_agent.settings import Settings
+from firmware_agent.slots import UnitSlots, image_security_version
 from firmware_agent.spool import Spool
 from firmware_agent.tuning import Tuning
 from firmware_agent.update.download import Payload, download
@@ -106,10 +107,13 @@ def kinds(means: Means) -> list[Kind]:
     def boot_id() -> str:
         return board.facts().boot_id
 
-    running = Running(settings.image.version, 0, hardware)
+    running = Running(settings.image.version, image_security_version(settings.paths.layout), hardware)
+    slots = (
+        UnitSlots(settings.paths.slots, settings.paths.reboot_request) if settings.paths.slots.exists() else NoSlots()
+    )
     return [
         update,
-        OsUpdate(NoSlots(), running, boot_id, trust, means.link, gate, limits, get=get),
+        OsUpdate(slots, running, boot_id, trust, means.link, gate, limits, get=get),
         SelfTest(checks),
         CollectLogs(journal, means.status, authorities=authorities),
         Reboot(settings.paths.reboot_request, boot_id),

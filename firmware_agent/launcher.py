@@ -381,6 +381,21 @@ def environment(release: Path, library: Path | None, *, safe_mode: bool) -> dict
     return variables | ({"PICKET_SAFE_MODE": "1"} if safe_mode else {})
 
 
+def first_of_this_boot(run: Path) -> bool:
+    """Whether nothing was started since power-on; to be asked once.
+
+    What was started before then may have ended with the power, and whoever puts the plug back wants no pause.
+
+    Args:
+        run: a directory that does not outlive the power.
+    """
+    try:
+        os.close(os.open(run / "launched", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError:  # it is there, or cannot be: then better slowly
+        return False
+    return True
+
+
 def start(plan: Plan, directory: Path, library: Path | None, arguments: list[str]) -> NoReturn:
     """Become the agent of the planned release."""
     if plan.safe_mode:
@@ -398,6 +413,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="launcher", description="Starts the release in force.")
     parser.add_argument("--releases", type=Path, default=Path("/opt/picket"))
     parser.add_argument("--state", type=Path, default=Path("/var/lib/picket"))
+    parser.add_argument("--run", type=Path, default=Path("/run/picket"), help="a directory that ends with the power")
     parser.add_argument("--library", type=Path, help="packages for releases that bring none themselves")
     parser.add_argument("--no-wait", action="store_true", help="whoever starts this waits by itself after failures")
     parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="the agent's arguments")
@@ -406,7 +422,7 @@ def main(arguments: list[str]) -> int:
 
     plan = prepare(directory, options.state)
     if plan:
-        wait = 0.0 if options.no_wait else pause(plan.boot)
+        wait = 0.0 if options.no_wait or first_of_this_boot(options.run) else pause(plan.boot)
         if wait:
             say(f"{plan.release} was not steady: {wait:g} s until it is started again")
             time.sleep(wait)

@@ -184,7 +184,7 @@ class Product:
                 spool=spool,
                 release=self._release,
                 tune=self._use_tuning,
-                status=lambda: status.words(self._snapshot(spool, arming, found)),
+                status=lambda: status.words({**self._snapshot(spool, arming, found), **status.here()}),
                 leave=self._leave,
                 safe_mode=self._safe_mode,
             )

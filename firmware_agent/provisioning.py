@@ -366,6 +366,9 @@ class Provisioning:
 
     def _burn_in(self, params: BurnIn, _: Emit) -> dict[str, Any]:
         self._refuse_when_sealed()
+        only = self._settings.mqtt.endpoint
+        if only and params.identity.host != only:
+            raise BadRequest(f"this image is for the endpoint {only} alone, not for {params.identity.host}")
         identity.check(params.identity, self._keys().load().public_key(), self._board.facts().serial)
         identity.install(self._paths.identity, params.identity)
         return {"certificate_sha256": params.identity.certificate_sha256}

@@ -22,6 +22,7 @@ field. A file holds any part of this; what it leaves out has the value shown her
     "pinctrl-bcm2711" = 17
     [tamper.lines]          # a loop that is closed (high) while the case is; none by default
     [mqtt]
+    endpoint = ""           # a host: burn-in refuses every other one
     keep_alive_seconds = 45
     publishes_per_second = 90       # AWS IoT takes 100 on one connection
     [tuning]                # what the owner may change from afar; see firmware_agent/tuning.py for each
@@ -43,9 +44,12 @@ field. A file holds any part of this; what it leaves out has the value shown her
     state = "/var/lib/picket"
     releases = "/opt/picket"
     run = "/run/picket"
-    host_key = "/etc/ssh/ssh_host_ed25519_key.pub"
+    host_key = "/run/picket-factory/ssh_host_ed25519_key.pub"
+    sealed = "/run/picket-system/product"   # exists in product mode
     clock_epoch = "/usr/lib/clock-epoch"    # its date is the image's
     board = "/"             # where the kernel's /proc, /sys and /run hang
+    slots = "/run/picket-slots.sock"        # root's helper that installs images; only where there are slots
+    layout = "/usr/lib/picket/layout.json"  # what the build says about the image
 """
 
 import contextlib
@@ -200,11 +204,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class Mqtt:
-    """The connection's rhythm.
+    """The connection's rhythm, and the one host that this image's units connect to, if it says so.
 
     The SDK wants a keep-alive longer than its ping timeout of 30 s; AWS IoT takes at most 1200 s.
     """
 
+    endpoint: str = field(default="", metadata={"parse": _text})
     keep_alive_seconds: int = field(default=45, metadata={"parse": _integer(32, 1200)})
     publishes_per_second: float = field(default=90.0, metadata={"parse": _number(1, 1_000_000)})
 
@@ -216,19 +221,18 @@ class Paths:
     state: Path = field(default=Path("/var/lib/picket"), metadata={"parse": _path})
     run: Path = field(default=Path("/run/picket"), metadata={"parse": _path})
     releases: Path = field(default=Path("/opt/picket"), metadata={"parse": _path})
-    host_key: Path = field(default=Path("/etc/ssh/ssh_host_ed25519_key.pub"), metadata={"parse": _path})
+    host_key: Path = field(default=Path("/run/picket-factory/ssh_host_ed25519_key.pub"), metadata={"parse": _path})
+    #: Exists once the unit has left factory mode: root's word, which the agent cannot change.
+    sealed: Path = field(default=Path("/run/picket-system/product"), metadata={"parse": _path})
     clock_epoch: Path = field(default=Path("/usr/lib/clock-epoch"), metadata={"parse": _path})
     board: Path = field(default=Path("/"), metadata={"parse": _path})
+    slots: Path = field(default=Path("/run/picket-slots.sock"), metadata={"parse": _path})
+    layout: Path = field(default=Path("/usr/lib/picket/layout.json"), metadata={"parse": _path})
 
     @property
     def answered(self) -> Path:
         """Exists once the station has opened a session in this boot; the banner stops."""
         return self.run / "answered"
-
-    @property
-    def sealed(self) -> Path:
-        """Exists once the unit has left factory mode."""
-        return self.state / "sealed"
 
     @property
     def connected(self) -> Path:

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from firmware_agent import __version__, files
+from firmware_agent import __version__, files, network
 from firmware_agent.board import Board
 from firmware_agent.settings import Settings
 
@@ -79,10 +79,15 @@ def collect(settings: Settings, board: Board) -> Document:
     if said is not None and said.get("boot_id") == board.facts().boot_id:
         age = uptime - _number(said.get("uptime"))
         if _alive(said.get("pid")) and age <= STALE_SECONDS:
-            return {**said, "state": "running"}
+            return {**said, **here(), "state": "running"}
         if _alive(said.get("pid")):
-            return {**said, "state": "hangs", "age": age}
-    return _from_disk(settings, board) | {"state": "not running"}
+            return {**said, **here(), "state": "hangs", "age": age}
+    return _from_disk(settings, board) | here() | {"state": "not running"}
+
+
+def here() -> dict[str, Any]:
+    """What whoever asks sees for himself."""
+    return {"host": os.uname().nodename, "listening": network.listening()}
 
 
 def _said(path: Path) -> dict[str, Any] | None:
@@ -184,6 +189,7 @@ def _lines(said: Document) -> Iterator[tuple[str, str]]:
     yield "safe mode", str(said.get("safe_mode") or "")
     yield "release", _release(said)
     yield "unit", " at ".join(str(one) for one in (said.get("serial"), said.get("endpoint")) if one)
+    yield "host", str(said.get("host") or "")
     yield "armed", _armed(_part(said, "armed"))
     yield "sensor", _sensor(_part(said, "sensor"), _number(said.get("uptime")))
     yield "spool", _spool_words(_part(said, "spool"))
@@ -191,6 +197,7 @@ def _lines(said: Document) -> Iterator[tuple[str, str]]:
     for feature, reason in _part(_part(said, "link"), "held").items():
         yield "on hold", f"{feature}: {reason}"
     yield "job", _job(_part(said, "job"))
+    yield "listening", _listening(said.get("listening"))
     yield "clock", _clock(_part(said, "clock"))
     yield "certificate", _certificate(_part(said, "certificate"), _part(said, "clock"))
     yield "settings", ", ".join(f"{name} {value}" for name, value in _part(said, "tuning").items())
@@ -273,6 +280,12 @@ def _link(part: Document) -> str:
     if _number(part.get("failures")):
         text += f"; {part['failures']} attempts in a row have failed"
     return text
+
+
+def _listening(sockets: object) -> str:
+    if not isinstance(sockets, list):
+        return ""
+    return ", ".join(str(one) for one in sockets) or "nothing"
 
 
 def _job(part: Document) -> str:

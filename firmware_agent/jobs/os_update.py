@@ -2,14 +2,15 @@
 
     check     are there slots at all; what do the signed metadata say            (nothing is changed)
     download  the bundle, resumable and chunk by chunk, as every payload
-    install   into the other slot
+    install   into the other slot, by root's helper, which believes nothing but the bundle's own signature
     switch    the other slot is to be booted once                                (the board restarts)
     prove     the other slot runs; PIR, spool and key work; the cloud is reached
     commit    the slot stays; the floor rises
     roll-back the slot before is to be booted again                              (the board restarts)
 
-Which slots a board has and how its firmware is told is behind `Slots`. The present image has none, and says so before
-anything is downloaded.
+Which slots a board has and how its firmware is told is behind `Slots` (`firmware_agent.slots` on a unit). An image that
+has none says so before anything is downloaded. From `try_other` on it is not the agent that ends a trial: the firmware
+boots the other slot once, or root counts its boots, and root's timer gives up whatever is not kept within 20 minutes.
 """
 
 import logging
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from firmware_agent.errors import AgentFault
 from firmware_agent.jobs import document
 from firmware_agent.jobs.kind import (
     Context,
@@ -43,6 +45,14 @@ _DOWN_SECONDS: Final = 300.0
 _TICK_SECONDS: Final = 1.0
 
 
+class Refused(AgentFault):
+    """A bundle that this unit will never take; `code` is one of a rejection's."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Slots(Protocol):
     """Where images lie, and which one the firmware boots."""
 
@@ -58,10 +68,19 @@ class Slots(Protocol):
         """The slot that does not."""
         ...
 
+    def agent_security_version(self, bundle: Path) -> int:
+        """The security version of the agent that a bundle's image brings.
+
+        Raises:
+            Refused: it is no bundle.
+        """
+        ...
+
     def install(self, bundle: Path, progress: Callable[[float], None]) -> None:
         """Write a bundle into the other slot, durably.
 
         Raises:
+            Refused: it is not for this unit.
             AgentFault, OSError: it cannot be written; the running slot is untouched.
         """
         ...
@@ -70,8 +89,16 @@ class Slots(Protocol):
         """Boot the other slot once, at the next restart; a crash there comes back to this one by itself."""
         ...
 
+    def ended(self) -> str:
+        """Why the last trial ended, in words; empty if there was none since the last install."""
+        ...
+
     def restart(self) -> None:
         """Ask root for a restart of the board; must not block."""
+        ...
+
+    def withdraw(self) -> None:
+        """Ask for it no more, should root not have heard yet."""
         ...
 
     def keep(self) -> None:
@@ -98,6 +125,10 @@ class NoSlots:
         """There is none."""
         raise NotImplementedError(self.missing())
 
+    def agent_security_version(self, bundle: Path) -> int:
+        """There is nowhere to install it to."""
+        raise NotImplementedError(self.missing())
+
     def install(self, bundle: Path, progress: Callable[[float], None]) -> None:
         """There is nowhere to."""
         raise NotImplementedError(self.missing())
@@ -106,9 +137,16 @@ class NoSlots:
         """There is none."""
         raise NotImplementedError(self.missing())
 
+    def ended(self) -> str:
+        """There was none."""
+        return ""
+
     def restart(self) -> None:
         """There would be no use."""
         raise NotImplementedError(self.missing())
+
+    def withdraw(self) -> None:
+        """Nobody has asked."""
 
     def keep(self) -> None:
         """It is kept anyway."""
@@ -185,14 +223,22 @@ class OsUpdate:
 
     def _install(self, context: Context) -> Result:
         bundle = fetch(context, self._signed(context).full, self._get)
-        self._slots.install(bundle, context.progress)
+        try:
+            agent, floor = self._slots.agent_security_version(bundle), self._trust.security_floor("agent")
+            if agent < floor:
+                return Rejected("downgrade", f"its agent has security version {agent}, the agent's floor is {floor}")
+            self._slots.install(bundle, context.progress)
+        except Refused as refusal:
+            return Rejected(refusal.code, str(refusal))
         return Next({"slot": self._slots.other(), "before": self._slots.booted(), "boot_id": self._boot_id()})
 
     def _switch(self, context: Context) -> Result:
         if self._slots.booted() == context.memo["slot"]:
             return Next()  # the board has restarted
-        if self._boot_id() != context.memo["boot_id"]:
-            return Failed("crashed", f"the image {context.memo['image']} was tried and did not stay up")
+        # The board may have restarted since the install for reasons of its own: consent can take hours. Root has noted
+        # whether there was a trial; if its notes are lost, nothing is installed either, and `try_other` says so.
+        if self._boot_id() != context.memo["boot_id"] and (ended := self._slots.ended()):
+            return Failed("crashed", f"the image {context.memo['image']} was tried and did not stay up: {ended}")
         self._slots.try_other()
         self._restart(context)
         return Failed("crashed", f"the board did not restart within {_DOWN_SECONDS:g} s")
@@ -211,6 +257,8 @@ class OsUpdate:
         return Next()
 
     def _commit(self, context: Context) -> Result:
+        if self._slots.booted() != context.memo["slot"]:
+            return Failed("crashed", f"the power went before the image {context.memo['image']} could be kept")
         self._slots.keep()
         try:
             self._trust.commit(context.memo["security"], "os")
@@ -243,12 +291,13 @@ class OsUpdate:
         return self._target[1]
 
     def clean_up(self, context: Context) -> None:
-        """The bundle goes with the scratch directory."""
+        """Ask for no restart any more; the bundle goes with the scratch directory."""
         del context
+        self._slots.withdraw()
         self._target = None
 
     def orphan(self) -> Orphan | None:
-        """A slot on trial comes back by itself: the firmware boots it only once."""
+        """A trial without a journal ends by itself: nobody keeps the slot, so root gives it up."""
         return None
 
 

@@ -67,6 +67,10 @@ class Trusts(Protocol):
         """Raise the floor."""
         ...
 
+    def security_floor(self, kind: str = "agent") -> int:
+        """The security version that was committed to."""
+        ...
+
 
 class Online(Protocol):
     """The part of the link that a trial needs."""

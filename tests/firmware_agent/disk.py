@@ -8,6 +8,8 @@ no kinder ones:
 - Names that were created, renamed or removed in a directory since its last fsync may have changed or not, each by
   itself and in any order. A rename within a directory is one change.
 - fsync of a file says nothing about its name; fsync of a directory says nothing about the files in it.
+- A device is a file that is only ever overwritten: of what was written since its last fsync, any sector may be there or
+  not, each by itself; a sector is never half there.
 
 Journalling file systems are kinder; who survives this survives them.
 """
@@ -133,6 +135,34 @@ class File:
 
 
 @dataclass(eq=False)
+class Device(File):
+    """A block device; `pending` are the writes since the last fsync, oldest first."""
+
+    pending: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def variants(self, draw: random.Random) -> list[tuple[bytes, int]]:
+        found = [self.safe, self.now]
+        for count in range(1, len(self.pending) + 1):
+            *whole, torn = self.pending[:count]
+            found += [self._after(whole), self._after([*whole, *self._sectors([torn], draw)])]
+        found += [self._after(self._sectors(self.pending, draw)) for _ in range(3 if self.pending else 0)]
+        return [(data, self.mode) for data in dict.fromkeys(found)]
+
+    @staticmethod
+    def _sectors(writes: Sequence[tuple[int, bytes]], draw: random.Random) -> list[tuple[int, bytes]]:
+        """Some sectors of these writes."""
+        pieces = [(at + start, data[start : start + 512]) for at, data in writes for start in range(0, len(data), 512)]
+        likely = draw.random()
+        return [piece for piece in pieces if draw.random() < likely]
+
+    def _after(self, writes: Sequence[tuple[int, bytes]]) -> bytes:
+        data = bytearray(self.safe)
+        for at, piece in writes:
+            data[at : at + len(piece)] = piece
+        return bytes(data)
+
+
+@dataclass(eq=False)
 class Link:
     target: str
 
@@ -167,9 +197,13 @@ Change = dict[str, Node | None]
 
 
 class Disk:
-    """The model of a disk, beginning with what is in a real directory now, all of it safe."""
+    """The model of a disk, beginning with what is in a real directory now, all of it safe.
 
-    def __init__(self, root: Path) -> None:
+    Files whose names are among `devices` are block devices.
+    """
+
+    def __init__(self, root: Path, devices: Sequence[str] = ()) -> None:
+        self._devices = devices
         self.root = self._load(root)
         self._open: dict[int, File | Folder] = {}
 
@@ -182,7 +216,8 @@ class Disk:
                 folder.safe[entry.name] = self._load(entry)
             else:
                 data, mode = entry.read_bytes(), stat.S_IMODE(entry.stat().st_mode)
-                folder.safe[entry.name] = File(data, data, mode, mode)
+                kind = Device if entry.name in self._devices else File
+                folder.safe[entry.name] = kind(data, data, mode, mode)
         return folder
 
     def apply(self, call: Call) -> None:
@@ -199,6 +234,9 @@ class Disk:
             case ("write", handle, data, position):
                 file = self._file(handle)
                 start = len(file.now) if position is None else position
+                if isinstance(file, Device):
+                    assert start + len(data) <= len(file.now), "a device does not grow"
+                    file.pending.append((start, data))
                 file.now = file.now[:start].ljust(start, b"\0") + data + file.now[start + len(data) :]
             case ("truncate", handle, size):
                 file = self._file(handle)
@@ -209,6 +247,8 @@ class Disk:
                 node = self._open[handle]
                 if isinstance(node, File):
                     node.safe, node.safe_mode = node.now, node.mode
+                    if isinstance(node, Device):
+                        node.pending = []
                 else:
                     node.safe, node.pending = node.now, []
             case ("mkdir", path):

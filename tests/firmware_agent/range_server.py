@@ -68,8 +68,8 @@ class Request(BaseHTTPRequestHandler):
         self.end_headers()
 
     def body(self, data: bytes) -> None:
+        self.store.sent += len(data)  # first: whoever has it all may look at once
         self.wfile.write(data)
-        self.store.sent += len(data)
 
     @property
     def data(self) -> bytes:

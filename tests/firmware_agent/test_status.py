@@ -51,7 +51,8 @@ def test_a_unit_fresh_from_the_flasher_tells_what_it_can(unit: Unit) -> None:
     said = lines(status.words(status.collect(unit.settings, unit.board)))
 
     assert said["agent"].startswith("not running, factory mode")
-    assert set(said) == {"agent", "armed", "clock"}
+    assert set(said) == {"agent", "host", "armed", "listening", "clock"}
+    assert said["host"] == os.uname().nodename
 
 
 def test_nothing_that_lies_on_a_broken_disk_keeps_the_unit_from_telling(unit: Unit, ca: Ca) -> None:
@@ -122,7 +123,8 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["held", "armed", "x"]), inner),
     max_leaves=6,
 )
-names = ["armed", "sensor", "spool", "link", "job", "clock", "certificate", "tuning", "parts", "complaints", "release"]
+names = ["armed", "sensor", "spool", "link", "job", "clock", "certificate", "tuning", "parts", "complaints", "release",
+         "host", "listening"]  # fmt: skip
 
 
 @given(st.dictionaries(st.sampled_from(names), anything))

@@ -284,6 +284,7 @@ class TwoSlots:
         self.directory.mkdir()
         self._write("default", "a")
         self._write("booted", "a")
+        self._write("ended", "")
 
     def missing(self) -> str | None:
         return None
@@ -294,15 +295,25 @@ class TwoSlots:
     def other(self) -> str:
         return "b" if self.booted() == "a" else "a"
 
+    def agent_security_version(self, bundle: Path) -> int:
+        return 1
+
     def install(self, bundle: Path, progress: Callable[[float], None]) -> None:
         progress(0.5)
         shutil.copy(bundle, self.directory / f"slot-{self.other()}")
 
     def try_other(self) -> None:
         self._write("once", self.other())
+        self._write("ended", "")
+
+    def ended(self) -> str:
+        return self._read("ended")
 
     def restart(self) -> None:
         self.requested = True
+
+    def withdraw(self) -> None:
+        self.requested = False
 
     def keep(self) -> None:
         self._write("default", self.booted())
@@ -314,6 +325,8 @@ class TwoSlots:
         """The board comes up."""
         once = self.directory / "once"
         self._write("booted", once.read_text() if once.exists() and self.good else self._read("default"))
+        if once.exists() and not self.good:
+            self._write("ended", "it did not come up")
         once.unlink(missing_ok=True)
         self.requested = False
 

@@ -225,6 +225,9 @@ class SignedTargets:
     def commit(self, security_version: int, kind: str = "agent") -> None:
         write_floor(self._floor, read_floor(self._floor).committed(kind, security_version))
 
+    def security_floor(self, kind: str = "agent") -> int:
+        return read_floor(self._floor).security.get(kind, 0)
+
 
 # --- what happens to it -------------------------------------------------------------------------------------------
 
