@@ -2,7 +2,7 @@
 
 Everything goes through AWS IoT Jobs, so that AWS keeps rates, retries, windows and aborts while nobody watches. A
 rollout is a CONTINUOUS job over a ring: a unit that joins the ring later gets the ring's release too. A ring has one
-update job at work at a time; a newer one cancels the older.
+update job of each kind (agent, os) at work at a time; a newer one cancels the older of its kind.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import botocore.exceptions
 from cloud import rollout, stack
 from cloud.errors import NoSuchName, NotYet
 from cloud.registry import Device, Registry
-from cloud.rollout import FAILURES, Execution, Job, Operation, Plan, Ring, Status, Summary
+from cloud.rollout import FAILURES, Execution, Job, Kind, Operation, Plan, Ring, Status, Summary
 from cloud.target import Target, translated
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Uploaded:
 
 @dataclass(frozen=True)
 class Progress:
-    """An update job and how far it is."""
+    """An update job and how far it is. `version` is the release's, with `image` before it if it is an image's."""
 
     job: str
     version: str
@@ -69,11 +69,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class RingStatus:
-    """A ring: its units, what they run, and its newest update job (and any older one still at work)."""
+    """A ring: its units, what they run, and its newest update jobs, one of each kind (and any older still at work).
+
+    `versions` counts units by their agent's version, `images` by their image's.
+    """
 
     ring: Ring
     units: tuple[str, ...]
     versions: Mapping[str, int]
+    images: Mapping[str, int]
     updates: tuple[Progress, ...]
 
 
@@ -87,6 +91,10 @@ class Unit:
     image: str | None
     mode: str | None
     last_seen: datetime | None
+
+    def runs(self, kind: Kind) -> str | None:
+        """The version of its agent or of its image."""
+        return self.image and _version(self.image) if kind is Kind.OS else self.version
 
 
 class Fleet:
@@ -210,15 +218,15 @@ class Fleet:
             raise
         return head.get("Metadata", {}).get("sha256", "unknown")
 
-    def release(self, repository: "Repository", ring: Ring, version: str) -> "Release":
+    def release(self, repository: "Repository", ring: Ring, version: str, kind: Kind = Kind.AGENT) -> "Release":
         """The release as the ring lists it, if units can get it.
 
         Raises:
             NotYet: the ring does not list it, or the listing is not in the bucket.
         """
-        found = next((each for each in repository.releases(ring) if each.version == version), None)
+        found = next((each for each in repository.releases(ring, kind) if each.version == version), None)
         if found is None:
-            raise NotYet(_unlisted(repository, ring, version))
+            raise NotYet(_unlisted(repository, ring, version, kind))
         timestamp = repository.in_force("timestamp")
         with translated(self.target, "looking at the bucket"):
             published = self._published_timestamp()
@@ -231,31 +239,35 @@ class Fleet:
 
     # -- updates
 
-    def soak(self, repository: "Repository", version: str, wanted: timedelta, now: datetime) -> rollout.Soak:
+    def soak(
+        self, repository: "Repository", version: str, wanted: timedelta, now: datetime, kind: Kind = Kind.AGENT
+    ) -> rollout.Soak:
         """Whether the canaries have run exactly these bits for long enough."""
-        release = next((each for each in repository.releases(Ring.MAIN) if each.version == version), None)
+        release = next((each for each in repository.releases(Ring.MAIN, kind) if each.version == version), None)
         if release is None:
-            raise NotYet(_unlisted(repository, Ring.MAIN, version))
-        stem = rollout.update_stem(self.target.stack, Ring.CANARY, version, release.tar_sha256)
+            raise NotYet(_unlisted(repository, Ring.MAIN, version, kind))
+        stem = rollout.update_stem(self.target.stack, Ring.CANARY, version, release.tar_sha256, kind)
         members = self.members(Ring.CANARY)
         said = self._registry.devices(members)
-        running = {serial: said[serial].agent if serial in said else "" for serial in members}
+        running = {serial: _runs(said[serial], kind) if serial in said else "" for serial in members}
         jobs = sorted((job for job in self.jobs(f"{stem}-")), key=lambda job: job.created_at)
         executions = self.executions(jobs[-1].name) if jobs else []
         return rollout.soaked(version, executions, running, wanted=wanted, now=now)
 
-    def lowest(self, repository: "Repository", ring: Ring) -> int:
+    def lowest(self, repository: "Repository", ring: Ring, kind: Kind = Kind.AGENT) -> int:
         """The security version that the ring's units do not go below."""
-        versions = {each.version: each.security_version for each in repository.releases(ring)}
-        return rollout.floor(versions, (device.agent for device in self._registry.devices(self.members(ring)).values()))
+        versions = {each.version: each.security_version for each in repository.releases(ring, kind)}
+        devices = self._registry.devices(self.members(ring)).values()
+        return rollout.floor(versions, (_runs(device, kind) for device in devices))
 
     def start_update(self, ring: Ring, release: "Release", plan: Plan, now: datetime) -> Started:
         """Bring a release to a ring. Safe to repeat: the job that does it already is found.
 
-        Other update jobs of the ring are cancelled, except where a unit is at work on one.
+        Other update jobs of the ring and of this kind are cancelled, except where a unit is at work on one.
         """
-        stem = rollout.update_stem(self.target.stack, ring, release.version, release.tar_sha256)
-        jobs = self.jobs(rollout.update_prefix(self.target.stack, ring))
+        kind = Kind(release.kind)
+        stem = rollout.update_stem(self.target.stack, ring, release.version, release.tar_sha256, kind)
+        jobs = self.jobs(rollout.update_prefix(self.target.stack, ring, kind))
         name, found = rollout.choose(stem, jobs)
         if found is None:
             self._create(name, [self._names[f"{ring.capitalize()}Ring"]], self.document(release), plan.options(now))
@@ -268,7 +280,7 @@ class Fleet:
         """What the units read: hints only, for the signed metadata decide."""
         return {
             "picket": FORMAT,
-            "operation": "os-update" if release.path.startswith("os/") else "update",
+            "operation": "os-update" if release.kind == Kind.OS else "update",
             "product": release.product,
             "target": release.path,
             "version": release.version,
@@ -370,8 +382,13 @@ class Fleet:
         return sorted(found, key=lambda job: job.created_at, reverse=True)
 
     def active_updates(self, ring: Ring) -> list[Job]:
-        """The update jobs of a ring that are at work."""
-        return [job for job in self.jobs(rollout.update_prefix(self.target.stack, ring)) if job.active]
+        """The update jobs of a ring that are at work, of whatever kind."""
+        return [
+            job
+            for kind in Kind
+            for job in self.jobs(rollout.update_prefix(self.target.stack, ring, kind))
+            if job.active
+        ]
 
     def cancel(self, job: str, *, force: bool = False, comment: str = "stopped by the operator") -> None:
         """Stop a job: units that were not told of it, or have not begun, never will; by `force` no unit goes on.
@@ -422,7 +439,8 @@ class Fleet:
                 raise NoSuchName(f"no job is called {job}: see `python -m cloud fleet status`") from error
             if job not in self._versions:
                 document = json.loads(self._iot.get_job_document(jobId=job)["document"])
-                self._versions[job] = document.get("version") or document["operation"]
+                word = "image " if document["operation"] == "os-update" else ""
+                self._versions[job] = f"{word}{document.get('version') or document['operation']}"
         waiting = members if found["status"] in rollout.ACTIVE else ()
         return Progress(
             job=job,
@@ -434,19 +452,23 @@ class Fleet:
         )
 
     def status(self, rings: Iterable[Ring] = Ring) -> list[RingStatus]:
-        """Each ring's units, what they run, and its update jobs: the newest, and any that is still at work."""
+        """Each ring's units, what they run, and its update jobs: the newest of each kind, and any still at work."""
         found = []
         for ring in rings:
             members = self.members(ring)
-            jobs = self.jobs(rollout.update_prefix(self.target.stack, ring))
-            shown = [job for index, job in enumerate(jobs) if index == 0 or job.active]
-            versions = Counter(device.agent for device in self._registry.devices(members).values())
+            shown = []
+            for kind in Kind:
+                jobs = self.jobs(rollout.update_prefix(self.target.stack, ring, kind))
+                shown += [job for index, job in enumerate(jobs) if index == 0 or job.active]
+            devices = self._registry.devices(members).values()
+            versions = Counter(device.agent for device in devices)
             versions[""] += len(members) - versions.total()
             found.append(
                 RingStatus(
                     ring,
                     members,
                     {version: count for version, count in sorted(versions.items()) if count},
+                    dict(sorted(Counter(_runs(device, Kind.OS) for device in devices).items())),
                     tuple(self.progress(job.name, members) for job in shown),
                 )
             )
@@ -459,18 +481,30 @@ def _unit(serial: str, ring: Ring, device: Device | None) -> Unit:
     return Unit(serial, ring, device.agent, device.image, device.mode, device.last_seen)
 
 
+def _runs(device: Device, kind: Kind) -> str:
+    """The version of its agent or of its image."""
+    return _version(device.image) if kind is Kind.OS else device.agent
+
+
+def _version(image: str) -> str:
+    """`0.2.0` of `picket 0.2.0`."""
+    return image.rpartition(" ")[2]
+
+
 def _nobody(serials: str) -> str:
     return f"no unit is called {serials}: see `python -m cloud fleet units`"
 
 
-def _unlisted(repository: "Repository", ring: Ring, version: str) -> str:
-    others = ", ".join(each.version for each in repository.releases(ring)) or "none"
+def _unlisted(repository: "Repository", ring: Ring, version: str, kind: Kind) -> str:
+    others = ", ".join(each.version for each in repository.releases(ring, kind)) or "none"
+    what, made, option = ("image", "make image", " --os") if kind is Kind.OS else ("release", "make release", "")
     if ring is Ring.CANARY:
         return (
-            f"{version} is not signed for the canaries (these are: {others}):"
-            f" `make release`, then `python -m cloud fleet release {version}`"
+            f"the {what} {version} is not signed for the canaries (these are: {others}):"
+            f" `{made}`, then `python -m cloud fleet release {version}{option}`"
         )
     return (
-        f"{version} is not signed for all units (these are: {others}): `python -m cloud fleet promote {version}`,"
+        f"the {what} {version} is not signed for all units (these are: {others}):"
+        f" `python -m cloud fleet promote {version}{option}`,"
         " then two holders `python -m cloud keys sign`, then `python -m cloud fleet release`"
     )

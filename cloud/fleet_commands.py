@@ -12,6 +12,8 @@
     fleet job OPERATION        self-test, collect-logs, reboot, rotate-certificate, configure
     fleet logs SERIAL          what a unit has uploaded
 
+What ships releases of the agent ships whole images with --os: release, canary, promote, rollout, rollback, units.
+
 Every command takes --json, and does the same again when it is run twice.
 """
 
@@ -36,7 +38,7 @@ from cloud.fleet import Fleet, Started
 from cloud.fleet_screen import count
 from cloud.local.endpoint import DEFAULT_STATE
 from cloud.repository import Release, Repository, canary_role
-from cloud.rollout import Abort, Operation, Plan, Rate, Ring
+from cloud.rollout import Abort, Kind, Operation, Plan, Rate, Ring
 from cloud.target import open_target
 
 app = typer.Typer(
@@ -47,6 +49,9 @@ app = typer.Typer(
 
 #: Where `make release` puts a release.
 RELEASES = Path("build/releases")
+
+#: Where `make image` puts an image and its bundle.
+IMAGES = Path("build/image")
 
 #: How often --watch looks.
 WATCH_SECONDS = 2.0
@@ -63,6 +68,7 @@ State = Annotated[Path, typer.Option("--state", help="Where the local cloud keep
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for scripts.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask: this reaches units in people's homes.")]
 Version = Annotated[str, typer.Argument(help="The release's version, e.g. 1.2.0.")]
+Os = Annotated[bool, typer.Option("--os", help="An image's, for units with two slots; not the agent's.")]
 Windows = Annotated[
     list[str] | None,
     typer.Option("--window", help="Only then, UTC: 02:00-05:00, or Mon-Fri 22:30-04:00. May be repeated."),
@@ -125,28 +131,41 @@ def _now() -> datetime:
 
 @app.command()
 def release(
-    version: Annotated[str | None, typer.Argument(help="What `make release` built; leave out to upload only.")] = None,
+    version: Annotated[
+        str | None, typer.Argument(help="What `make release` or `make image` built; leave out to upload only.")
+    ] = None,
     keys: Annotated[
         list[Path] | None, typer.Option("--keys", help="Directories of the builder's and the online keys.")
     ] = None,
-    releases: Annotated[Path, typer.Option(help="Where `make release` puts releases.")] = RELEASES,
+    releases: Annotated[
+        Path | None,
+        typer.Option(help=f"Where they lie by version; else {RELEASES}, with --os {IMAGES}.", show_default=False),
+    ] = None,
+    description: Annotated[
+        Path | None, typer.Option(help="The release.json itself, if it lies elsewhere.", show_default=False)
+    ] = None,
     passphrase_file: PassphraseFile = None,
     repository: RepositoryPath = DEFAULT_REPOSITORY,
     target: TargetName = "local",
     state: State = DEFAULT_STATE,
     *,
+    image: Os = False,
     as_json: AsJson = False,
 ) -> None:
     """Sign a release for the canaries, and upload the update repository to where units fetch it.
 
     Example: python -m cloud fleet release 1.2.0 --keys build/updates/keys/builder --keys build/updates/keys/online
     """
-    fleet, repo = _open(target, state), Repository(repository)
-    if version is not None and not any(each.version == version for each in repo.releases(Ring.CANARY)):
-        repo.add(releases / version / "release.json", Ring.CANARY, version=version)
+    fleet, repo, kind = _open(target, state), Repository(repository), _kind(image=image)
+    if description is not None and version is None:
+        raise typer.BadParameter("say the VERSION that it describes, too", param_hint="--description")
+    if version is not None and version not in _listed(repo, kind)[Ring.CANARY]:
+        folder = f"{repo.product}-{version}" if image else version
+        found = description or (releases or (IMAGES if image else RELEASES)) / folder / "release.json"
+        repo.add(found, Ring.CANARY, version=version, kind=kind)
     if keys:
         _sign_and_publish(repo, keys, passphrase_file)
-    if version is not None and not any(each.version == version for each in repo.releases(Ring.CANARY)):
+    if version is not None and version not in _listed(repo, kind)[Ring.CANARY]:
         missing = "; ".join(str(repo.signing(role)) for role in repo.staged_roles())
         raise NotYet(
             f"{version} is staged but not in force: {missing}. Give the builder's and the online keys by --keys, or"
@@ -154,13 +173,21 @@ def release(
         )
     done = fleet.upload(repo)
     if as_json:
-        _print({"new": done.new, "kept": done.kept, "releases": _listed(repo)})
+        _print(
+            {
+                "new": done.new,
+                "kept": done.kept,
+                "releases": _listed(repo, Kind.AGENT),
+                "images": _listed(repo, Kind.OS),
+            }
+        )
         return
-    _say(
-        f"{count(len(done.new), 'file')} uploaded, {done.kept} were there."
-        f" Signed for canaries: {_versions(repo, Ring.CANARY)};"
-    )
-    _say(f"for all units: {_versions(repo, Ring.MAIN)}.")
+    _say(f"{count(len(done.new), 'file')} uploaded, {done.kept} were there.")
+    for each in Kind:
+        if each is Kind.AGENT or repo.releases(kind=each):
+            what = "Images signed" if each is Kind.OS else "Signed"
+            canaries, all_units = (", ".join(_listed(repo, each)[ring]) or "none" for ring in (Ring.CANARY, Ring.MAIN))
+            _say(f"{what} for canaries: {canaries}; for all units: {all_units}.")
 
 
 def _sign_and_publish(repo: Repository, keys: Sequence[Path], passphrase_file: Path | None) -> None:
@@ -173,20 +200,26 @@ def _sign_and_publish(repo: Repository, keys: Sequence[Path], passphrase_file: P
         repo.publish(signers)
 
 
-def _listed(repo: Repository) -> dict[str, list[str]]:
-    return {ring: [each.version for each in repo.releases(ring)] for ring in Ring}
+def _listed(repo: Repository, kind: Kind) -> dict[str, list[str]]:
+    return {ring: [each.version for each in repo.releases(ring, kind)] for ring in Ring}
 
 
-def _versions(repo: Repository, ring: Ring) -> str:
-    return ", ".join(_listed(repo)[ring]) or "none"
+def _kind(*, image: bool) -> Kind:
+    return Kind.OS if image else Kind.AGENT
 
 
 @app.command(epilog="Example:  python -m cloud fleet promote 1.2.0")
-def promote(version: Version, repository: RepositoryPath = DEFAULT_REPOSITORY, *, as_json: AsJson = False) -> None:
+def promote(
+    version: Version,
+    repository: RepositoryPath = DEFAULT_REPOSITORY,
+    *,
+    image: Os = False,
+    as_json: AsJson = False,
+) -> None:
     """Stage the canaries' release for all units: the same bits. Two holders sign it, then it is in force."""
-    repo = Repository(repository)
-    if version not in _listed(repo)[Ring.MAIN]:
-        repo.promote(version)
+    repo, kind = Repository(repository), _kind(image=image)
+    if version not in _listed(repo, kind)[Ring.MAIN]:
+        repo.promote(version, kind)
     waiting = [repo.signing(role) for role in repo.staged_roles()]
     if as_json:
         _print({"version": version, "staged": [asdict(each) for each in waiting]})
@@ -241,11 +274,12 @@ def units(
     target: TargetName = "local",
     state: State = DEFAULT_STATE,
     *,
+    image: Os = False,
     as_json: AsJson = False,
 ) -> None:
     """Who is in which ring, and what each said on its last connection."""
     found = _open(target, state).units(Ring if which is None else (which,))
-    found = [unit for unit in found if version is None or unit.version == version]
+    found = [unit for unit in found if version is None or unit.runs(_kind(image=image)) == version]
     if as_json:
         _print([asdict(unit) for unit in found])
     else:
@@ -263,11 +297,12 @@ def canary(
     target: TargetName = "local",
     state: State = DEFAULT_STATE,
     *,
+    image: Os = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring a release to the canaries, all at once; it stops at the first failure."""
     fleet, repo = _open(target, state), Repository(repository)
-    found = fleet.release(repo, Ring.CANARY, version)
+    found = fleet.release(repo, Ring.CANARY, version, _kind(image=image))
     members = fleet.members(Ring.CANARY)
     if not members:
         raise NotYet("nobody is in the canary ring: `python -m cloud fleet ring canary SERIAL`")
@@ -305,6 +340,7 @@ def roll_out(
     target: TargetName = "local",
     state: State = DEFAULT_STATE,
     *,
+    image: Os = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -313,13 +349,14 @@ def roll_out(
     It refuses a release that the canaries have not run for --soak.
     """
     fleet, repo = _open(target, state), Repository(repository)
-    found = fleet.release(repo, Ring.MAIN, version)
-    verdict = fleet.soak(repo, version, _parsed(rollout.parse_duration, soak, "--soak"), _now())
+    kind = _kind(image=image)
+    found = fleet.release(repo, Ring.MAIN, version, kind)
+    verdict = fleet.soak(repo, version, _parsed(rollout.parse_duration, soak, "--soak"), _now(), kind)
     if not verdict.ready:
         raise NotYet(
             f"{version} must not go to all units yet: {verdict.sentence}."
             " See `python -m cloud fleet status`; what brings it to the canaries is"
-            f" `python -m cloud fleet canary {version}`"
+            f" `python -m cloud fleet canary {version}{' --os' if image else ''}`"
         )
     members = fleet.members(Ring.MAIN)
     usual = rollout.default_rate(len(members))
@@ -360,13 +397,15 @@ def rollback(
     target: TargetName = "local",
     state: State = DEFAULT_STATE,
     *,
+    image: Os = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring an older release to a ring, as fast as AWS can. It must still be listed, and not be below the floor."""
     fleet, repo = _open(target, state), Repository(repository)
-    found = fleet.release(repo, which, version)
-    lowest = fleet.lowest(repo, which)
+    kind = _kind(image=image)
+    found = fleet.release(repo, which, version, kind)
+    lowest = fleet.lowest(repo, which, kind)
     if found.security_version < lowest:
         raise NotYet(
             f"units refuse {version}: its security version is {found.security_version}, and units that run what the"
@@ -389,7 +428,9 @@ def _start(fleet: Fleet, which: Ring, found: Release, plan: Plan, *, as_json: bo
         started = fleet.start_update(which, found, plan, _now())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    _tell(started, f"{found.version} goes to the {which} ring", as_json=as_json)
+    _tell(
+        started, f"{'image ' if found.kind == Kind.OS else ''}{found.version} goes to the {which} ring", as_json=as_json
+    )
 
 
 def _tell(started: Started, what: str, *, as_json: bool) -> None:

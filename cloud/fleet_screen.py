@@ -93,6 +93,8 @@ def rings(status: Iterable[RingStatus]) -> RenderableType:
     for ring in status:
         versions = ", ".join(f"{version or 'never seen'} ({count})" for version, count in ring.versions.items())
         lines.append(Text.assemble((ring.ring, "bold"), f"  {count(len(ring.units), 'unit')}  {versions}"))
+        images = ", ".join(f"{version} ({number})" for version, number in ring.images.items())
+        lines += [Text(f"  image {images}", style="dim")] if images else []
         lines += [progress(each) for each in ring.updates] or [Text("  no rollout yet", style="dim")]
     return Group(*lines)
 

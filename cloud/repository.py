@@ -52,6 +52,7 @@ from cloud.roles import (
     DAYS,
     DELEGATED_DAYS,
     KEEP,
+    KINDS,
     ONLINE,
     RINGS,
     UNITS_FIELD,
@@ -233,13 +234,13 @@ class Repository:
             return []
         return [(holder_of(key), key) for key in role_and_keys(parent, role)[1]]
 
-    def releases(self, ring: str | None = None) -> list[Release]:
-        """The releases that units can be sent, the newest first; `ring` leaves the other one out."""
+    def releases(self, ring: str | None = None, kind: str | None = None) -> list[Release]:
+        """The releases that units can be sent, the newest first; `ring` and `kind` leave the others out."""
         found = []
         for name in RINGS if ring is None else (ring,):
             metadata = self.in_force(self._role_of(name))
             if metadata is not None:
-                found += listed(metadata.signed, name)
+                found += [each for each in listed(metadata.signed, name) if kind in {None, each.kind}]
         return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
     def canaries(self) -> tuple[str, ...]:
@@ -273,14 +274,17 @@ class Repository:
 
     # --- changing; everything is staged first
 
-    def add(self, description: Path, ring: str, keep: int = KEEP, *, version: str | None = None) -> str:
+    def add(
+        self, description: Path, ring: str, keep: int = KEEP, *, version: str | None = None, kind: str | None = None
+    ) -> str:
         """Copy a built release into the repository and stage its listing.
 
         Args:
-            description: `release.json` of `python -m image release`; its files lie beside it.
+            description: `release.json` of `python -m image release`, or of an image's bundle; its files lie beside it.
             ring: `canary` or `main`.
             keep: how many releases the ring lists afterwards; the oldest others leave with their deltas.
             version: what the description must say, if that is known.
+            kind: the same.
 
         Returns:
             Its target path.
@@ -295,6 +299,9 @@ class Repository:
             _check_fields(release)
             if version is not None and release["version"] != version:
                 raise RepositoryFault(f"{description} describes {release['version']}, not {version}; build it again")
+            if kind is not None and release["kind"] != kind:
+                option = "say --os" if release["kind"] == "os" else "leave --os out"
+                raise RepositoryFault(f"{description} describes the kind {release['kind']}, not {kind}: {option}")
             targets = describe(release, ring)
         except (KeyError, TypeError) as error:
             raise RepositoryFault(f"{description} describes no release: {error} is missing or malformed") from error
@@ -303,14 +310,14 @@ class Repository:
             for path, (entry, _) in targets.items():
                 _copy(description.parent / entry["file"], self.directory / stored_name(path, entry["sha256"]), entry)
             with self._edit(role, Targets) as signed:
-                unlist(signed, release["version"])
+                unlist(signed, release["version"], release["kind"])
                 for path, (entry, custom) in targets.items():
                     extra = {"custom": custom}
                     signed.targets[path] = TargetFile(entry["length"], {"sha256": entry["sha256"]}, path, extra)
-                keep_newest(signed, release["version"], keep)
+                keep_newest(signed, release["version"], keep, release["kind"])
         return next(iter(targets))
 
-    def promote(self, version: str) -> str:
+    def promote(self, version: str, kind: str = "agent") -> str:
         """Stage the canaries' release for all units: the same bits, listed by the product's role.
 
         Returns:
@@ -319,16 +326,17 @@ class Repository:
         Raises:
             RepositoryFault: the canaries have no such release.
         """
-        source = next((release for release in self.releases("canary") if release.version == version), None)
+        source = next((release for release in self.releases("canary", kind) if release.version == version), None)
         canary = self.in_force(canary_role(self.product))
         if source is None or canary is None:
-            others = ", ".join(release.version for release in self.releases("canary")) or "none"
+            others = ", ".join(release.version for release in self.releases("canary", kind)) or "none"
+            option = " --os" if kind == "os" else ""
             raise RepositoryFault(
-                f"the canaries have no release {version} (they have: {others}):"
-                f" `python -m cloud fleet release {version}` with the builder's and the online keys comes first"
+                f"the canaries have no {'image' if option else 'release'} {version} (they have: {others}):"
+                f" `python -m cloud fleet release {version}{option}` with the builder's and the online keys comes first"
             )
         with self._locked(), self._edit(self.product, Targets) as signed:
-            unlist(signed, version)
+            unlist(signed, version, kind)
             for path, stored in source.files.items():
                 target = canary.signed.targets[path]
                 to = path.replace("/canary/", "/", 1)
@@ -338,10 +346,10 @@ class Repository:
                 for hint in custom.get("deltas", ()):
                     hint["target"] = hint["target"].replace("/canary/", "/", 1)
                 signed.targets[to] = TargetFile(target.length, dict(target.hashes), to, {"custom": custom})
-            keep_newest(signed, version, KEEP)
+            keep_newest(signed, version, KEEP, kind)
         return source.path.replace("/canary/", "/", 1)
 
-    def withdraw(self, version: str) -> tuple[str, ...]:
+    def withdraw(self, version: str, kind: str = "agent") -> tuple[str, ...]:
         """Stage that a release is listed no more; units refuse it as soon as that is published.
 
         Returns:
@@ -350,14 +358,14 @@ class Repository:
         Raises:
             RepositoryFault: no ring lists it.
         """
-        rings = {release.ring for release in self.releases() if release.version == version}
+        rings = {release.ring for release in self.releases(kind=kind) if release.version == version}
         if not rings:
             raise RepositoryFault(f"no ring has a release {version}")
         roles = tuple(self._role_of(ring) for ring in sorted(rings))
         with self._locked():
             for role in roles:
                 with self._edit(role, Targets) as signed:
-                    unlist(signed, version)
+                    unlist(signed, version, kind)
         return roles
 
     def set_canaries(self, serials: Iterable[str]) -> None:
@@ -569,7 +577,9 @@ def _description(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise RepositoryFault(f"there is no {path}: `make release` with that VERSION builds it") from None
+        raise RepositoryFault(
+            f"there is no {path}: `make release` with that VERSION builds it, or `make image` an image's (--os)"
+        ) from None
     except (OSError, ValueError) as error:
         raise RepositoryFault(f"{path} is no description of a release: {error}; build the release again") from error
     if not isinstance(value, dict) or value.get("format") != 1 or not {"kind", "archive", "deltas"} <= set(value):
@@ -587,6 +597,7 @@ def _check_fields(release: Mapping[str, Any]) -> None:
     files = [archive, *deltas]
     digests = [archive["tar_sha256"], *(each[end] for each in deltas for end in ("from", "to"))]
     checks = {
+        "kind": release["kind"] in KINDS,
         "version": isinstance(release["version"], str) and _VERSION.fullmatch(release["version"]),
         "security_version": _is_count(release["security_version"], 0),
         "hardware": isinstance(release["hardware"], list)

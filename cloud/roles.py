@@ -27,6 +27,9 @@ HOLDER_FIELD: Final = "x-picket-holder"
 
 RINGS: Final = ("canary", "main")
 
+#: What releases there are: of the agent, and of the whole image. Each has versions of its own.
+KINDS: Final = ("agent", "os")
+
 #: Releases that a ring keeps listed: the newest, and some to go back to. Each costs every unit about a kilobyte.
 KEEP: Final = 3
 
@@ -93,6 +96,11 @@ class Release:
     tar_sha256: str
     deltas: Mapping[str, str]
     files: Mapping[str, str]
+
+    @property
+    def kind(self) -> str:
+        """`agent` or `os`."""
+        return self.path.partition("/")[0]
 
 
 def delegations(product: str) -> dict[str, tuple[str, ...]]:
@@ -215,16 +223,17 @@ def listed(signed: Targets, ring: str) -> list[Release]:
     return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
 
-def keep_newest(signed: Targets, version: str, count: int) -> None:
-    """List `version` and the newest others, `count` together."""
-    others = [release.version for release in listed(signed, "") if release.version != version]
+def keep_newest(signed: Targets, version: str, count: int, kind: str) -> None:
+    """List `version` and the newest others of its kind, `count` together."""
+    found = listed(signed, "")
+    others = [release.version for release in found if release.kind == kind and release.version != version]
     for old in others[max(count - 1, 0) :]:
-        unlist(signed, old)
+        unlist(signed, old, kind)
 
 
-def unlist(signed: Targets, version: str) -> None:
-    """List a version no more, nor the deltas that lead to it."""
+def unlist(signed: Targets, version: str, kind: str) -> None:
+    """List a version of a kind no more, nor the deltas that lead to it."""
     for release in listed(signed, ""):
-        if release.version == version:
+        if (release.kind, release.version) == (kind, version):
             for path in release.files:
                 del signed.targets[path]

@@ -36,6 +36,13 @@ class Ring(StrEnum):
     MAIN = "main"
 
 
+class Kind(StrEnum):
+    """What is released: the agent, or the whole image. A ring has a rollout of each."""
+
+    AGENT = "agent"
+    OS = "os"
+
+
 class Operation(StrEnum):
     """What can be asked of units, besides updates."""
 
@@ -433,14 +440,14 @@ class Job:
         return self.status in ACTIVE
 
 
-def update_stem(product: str, ring: Ring, version: str, tar_sha256: str) -> str:
+def update_stem(product: str, ring: Ring, version: str, tar_sha256: str, kind: Kind = Kind.AGENT) -> str:
     """What the names of the jobs that bring these bits to a ring begin with."""
-    return f"{update_prefix(product, ring)}{_safe(version)[:24]}-{tar_sha256[:8]}"
+    return f"{update_prefix(product, ring, kind)}{_safe(version)[:24]}-{tar_sha256[:8]}"
 
 
-def update_prefix(product: str, ring: Ring) -> str:
-    """What the names of all update jobs of a ring begin with."""
-    return f"{product}-{ring}-update-"
+def update_prefix(product: str, ring: Ring, kind: Kind = Kind.AGENT) -> str:
+    """What the names of all update jobs of a ring begin with; no kind's is the beginning of the other's."""
+    return f"{product}-{ring}-{'os-update' if kind is Kind.OS else 'update'}-"
 
 
 def operation_stem(product: str, operation: str, target: str, document: Mapping[str, Any]) -> str:

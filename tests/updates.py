@@ -62,11 +62,13 @@ def build(
     hardware: tuple[str, ...] = HARDWARE,
     min_from: str | None = None,
     deltas_from: Mapping[str, bytes] | None = None,
+    kind: str = "agent",
 ) -> Path:
     """A description as `python -m image release` writes it, beside files with any content."""
     folder.mkdir(parents=True, exist_ok=True)
     content = content if content is not None else f"archive {version} ".encode() * 8192
-    archive = payload(folder / f"{product}-agent-{version}.tar.zst", content)
+    name = f"{product}-agent-{version}.tar.zst" if kind == "agent" else f"{product}-{version}.os.tar"
+    archive = payload(folder / name, content)
     tar = sha256(b"tar " + content)
     deltas = []
     for source, patch in (deltas_from or {}).items():
@@ -74,7 +76,7 @@ def build(
         deltas.append({**entry, "from": source, "to": tar})
     value = {
         "format": 1,
-        "kind": "agent",
+        "kind": kind,
         "product": product,
         "version": version,
         "security_version": security_version,

@@ -94,7 +94,9 @@ def deadline(execution: Mapping[str, Any], in_progress_minutes: int | None, minu
 
     The step timer counts from the update that set it and never reaches beyond the in-progress timer.
     """
-    started = execution.get("startedAt") or execution.get("lastUpdatedAt")
+    started = execution.get("startedAt")
+    if started is None:
+        started = execution.get("lastUpdatedAt")
     ends = []
     if in_progress_minutes and started is not None:
         ends.append(started + in_progress_minutes * minute_ms)

@@ -126,6 +126,11 @@ class Scene:
         with Spool(self.unit.settings.paths.spool) as spool:
             return spool.depth().alarms
 
+    def learned_the_time(self) -> bool:
+        """Whether the unit has noted that its clock was set."""
+        with Spool(self.unit.settings.paths.spool) as spool:
+            return any(b'"clock-set"' in message.body for message in spool.oldest(10))
+
     def sequences(self) -> list[int]:
         return [one["sequence"] for one in self.side.alarms()]
 
@@ -203,6 +208,7 @@ def test_an_alarm_without_time_arrives_with_the_time_that_was_learned_later(scen
         scene.wave()
         wait_for(lambda: scene.waiting() == 1)
         scene.unit.board.clock_offset, scene.unit.board.quality = 0.0, "ntp"
+        wait_for(scene.learned_the_time)
         scene.mend()
         wait_for(lambda: scene.sequences() == [1], 60)
 

@@ -27,7 +27,7 @@ from cloud import rollout
 from cloud.errors import NoSuchName, NotYet
 from cloud.fleet import Fleet as Operator
 from cloud.repository import Repository
-from cloud.rollout import Abort, Plan, Rate, Ring, Status
+from cloud.rollout import Abort, Kind, Plan, Rate, Ring, Status
 from cloud.target import Target
 from firmware_agent.jobs.document import CollectLogs, Update, parse
 from firmware_agent.update.target import Running
@@ -80,6 +80,8 @@ class Worker:
     device: Device
     outcome: Callable[[dict[str, Any]], Outcome]
     says_hello: bool = False
+    agent: str = "1.1.0"
+    image: str = "picket 1.0.0"
     done: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -92,12 +94,17 @@ class Worker:
             document = execution["jobDocument"]
             status, details = self.outcome(document)
             if self.says_hello and status == "SUCCEEDED" and "version" in document:
-                self.say_hello(document["version"])
+                if document["operation"] == "os-update":
+                    self.image = f"picket {document['version']}"
+                    self.say_hello(self.agent)
+                else:
+                    self.say_hello(document["version"])
             self.device.update(execution["jobId"], status, statusDetails={"phase": "report", **details})
             self.done.append(document.get("version", document["operation"]))
 
     def say_hello(self, version: str) -> None:
-        body = hello(agent=version, mode="product", nonce=None)
+        self.agent = version
+        body = hello(agent=version, image=self.image, mode="product", nonce=None)
         self.device.publish_data("hello", body)
 
     def _wait(self) -> None:
@@ -346,6 +353,44 @@ def test_a_release_goes_from_the_canaries_to_all_units(
         (Ring.CANARY, {"1.2.0": 2}),
         (Ring.MAIN, {"1.2.0": 4}),
     ]
+
+
+def test_an_image_goes_the_same_way_beside_a_release_of_the_agent_that_has_its_version(
+    fleet: Fleet, operator: Operator, pool: list[Unit], tmp_path: Path
+) -> None:
+    world, os = World(tmp_path), Kind.OS
+    canaries, others = pool[:2], pool[2:4]
+    operator.move(Ring.CANARY, _serials(canaries))
+    operator.move(Ring.MAIN, _serials(others))
+    agent = _ready(operator, world, "1.2.0")
+    world.release("1.2.0", "canary", kind="os", security_version=3)
+    world.repository.promote("1.2.0", os)
+    world.publish()
+    operator.upload(_repository(world))
+    agent = operator.release(_repository(world), Ring.MAIN, "1.2.0")
+    images = [operator.release(_repository(world), ring, "1.2.0", os) for ring in Ring]
+
+    with working(fleet, [*canaries, *others], says_hello=True):
+        beside = operator.start_update(Ring.MAIN, agent, _plan(), _now())
+        first = operator.start_update(Ring.CANARY, images[0], _plan(), _now())
+        eventually(lambda: operator.soak(_repository(world), "1.2.0", timedelta(), _now(), os).ready)
+        second = operator.start_update(Ring.MAIN, images[1], _plan(), _now())
+        rings = eventually(lambda: _all_have(operator, "1.2.0"))
+        eventually(lambda: operator.lowest(_repository(world), Ring.MAIN, os) == 3)
+
+    assert (first.replaced, second.replaced) == ((), ())  # the agent's rollout goes on
+    assert {job.name for job in operator.active_updates(Ring.MAIN)} == {beside.job, second.job}
+    assert [(update.job, update.version) for update in rings[1].updates] == [
+        (beside.job, "1.2.0"),
+        (second.job, "image 1.2.0"),
+    ]
+    assert {unit.runs(os) for unit in operator.units()} == {"1.2.0"}
+    assert operator.document(images[1])["operation"] == "os-update"
+
+
+def _all_have(operator: Operator, image: str) -> Any:
+    rings = operator.status()
+    return rings if all(set(ring.images) == {image} for ring in rings) else None
 
 
 def _all_run(operator: Operator, version: str) -> Any:

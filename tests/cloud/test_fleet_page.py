@@ -1,6 +1,7 @@
 """docs/fleet.md is true: its commands are typed one after the other, and units answer them."""
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -21,11 +22,13 @@ from cloud.cli import app, main
 from cloud.errors import NoSuchName, NotYet
 from cloud.fleet import Fleet as Operator
 from cloud.repository import Repository
-from cloud.rollout import Ring
+from cloud.rollout import Kind, Ring
 from firmware_agent.jobs import document as documents
+from image import bundle
 from tests.cloud.conftest import Fleet, deployed, eventually
 from tests.cloud.test_fleet import GOOD, Outcome, working
 from tests.cloud.test_jobs_overlay import fetch
+from tests.image.slots.world import Keys, fat
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/fleet.md").read_text()
@@ -34,6 +37,7 @@ PAGE = (ROOT / "docs/fleet.md").read_text()
 INSTEAD = {
     "make cloud": "python -m cloud deploy",
     "make release VERSION=1.2.0": "python -m image release --for simulated --version 1.2.0",
+    "make image": "python -m cloud fleet units",  # its bundle is `bundled`'s
 }
 
 
@@ -51,6 +55,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fleet(place: Path) -> Iterator[Fleet]:
     with deployed(place / "build", place / "build/cloud") as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def bundled(place: Path) -> None:
+    """An image's bundle, where `make image` puts it."""
+    keys = Keys.make(place)
+    fat(place / "boot", 64 << 10, {"config.txt": b"arm_64bit=1\n"})
+    (place / "root").write_bytes(bytes(8192))
+    fields = bundle.Fields("picket", "0.2.0", 1, 1, ("raspberrypi,4-model-b",), "autoboot", "1234abcd")
+    bundle.build(place / "boot", place / "root", fields, keys.sign, place / "build/image/picket-0.2.0")
 
 
 def _answer(_: str, document: dict[str, Any]) -> Outcome:
@@ -93,6 +107,7 @@ def _at_a_terminal(arguments: list[str], place: Path) -> str:
     return said.decode()
 
 
+@pytest.mark.usefixtures("bundled")
 def test_the_pages_commands_ship_watch_stop_and_take_back_a_release(
     fleet: Fleet, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,11 +123,12 @@ def test_the_pages_commands_ship_watch_stop_and_take_back_a_release(
             if " rollout " in command:
                 with pytest.raises(NotYet, match="must not go to all units yet"):
                     _refused(command.partition(" --soak")[0] + " --yes")
-                eventually(lambda: _soaked(operator, place))
+                version, kind = ("0.2.0", Kind.OS) if "--os" in command else ("1.2.0", Kind.AGENT)
+                eventually(functools.partial(_soaked, operator, place, version, kind))
             if command.startswith("python -m cloud fleet logs"):
                 eventually(lambda: operator.logs(units[1].serial, place / "build/logs"))
             said[command] = _type(INSTEAD.get(command, command), place)
-        eventually(lambda: {unit.version for unit in operator.units()} == {"1.2.0"})
+        eventually(lambda: {(unit.version, unit.image) for unit in operator.units()} == {("1.2.0", "picket 0.2.0")})
 
     assert "PK-000001" in said["python -m cloud fleet units"]
     assert "1.2.0" in said["python -m cloud fleet status"]
@@ -130,10 +146,10 @@ def _refused(command: str) -> None:
     raise done.exception
 
 
-def _soaked(operator: Operator, place: Path) -> bool:
+def _soaked(operator: Operator, place: Path, version: str, kind: Kind) -> bool:
     repository = Repository(place / "build/updates/repository")
     zero, now = timedelta(), datetime.now(UTC)
-    return operator.soak(repository, "1.2.0", zero, now).ready
+    return operator.soak(repository, version, zero, now, kind).ready
 
 
 def test_the_page_names_every_code_that_a_unit_may_report() -> None:

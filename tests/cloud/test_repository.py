@@ -68,6 +68,38 @@ def test_a_canarys_release_is_listed_elsewhere_and_promoted_with_the_same_bits(w
     assert as_any_client_sees(world, main.deltas[source], tmp_path / "client2") == b"patch"
 
 
+def test_images_and_the_agents_releases_do_not_push_each_other_out(world: World) -> None:
+    for version in ("1.0.0", "1.1.0", "1.2.0", "1.3.0"):
+        world.release(version)
+        world.release(version, kind="os")
+
+    kept = ["1.3.0", "1.2.0", "1.1.0"]
+    assert [release.version for release in world.repository.releases("main", "agent")] == kept
+    assert [release.version for release in world.repository.releases("main", "os")] == kept
+    assert world.repository.releases(kind="os")[0].path == "os/picket-1.3.0.os.tar"
+
+    world.repository.withdraw("1.2.0", "os")
+    world.publish()
+    assert [release.version for release in world.repository.releases("main", "agent")] == kept
+    assert [release.version for release in world.repository.releases("main", "os")] == ["1.3.0", "1.1.0"]
+
+
+def test_an_image_of_the_canaries_is_promoted_as_an_image(world: World) -> None:
+    world.release("1.2.0", "canary", kind="os")
+
+    with pytest.raises(RepositoryFault, match=r"the canaries have no release 1\.2\.0"):
+        world.repository.promote("1.2.0")
+    assert world.repository.promote("1.2.0", "os") == "os/picket-1.2.0.os.tar"
+
+
+def test_what_is_added_is_of_the_kind_that_was_said(world: World) -> None:
+    description = build(world.base / "built", "1.2.0", kind="os")
+
+    with pytest.raises(RepositoryFault, match="say --os"):
+        world.repository.add(description, "canary", kind="agent")
+    assert world.repository.add(description, "canary", kind="os") == "os/canary/picket-1.2.0.os.tar"
+
+
 def test_one_holder_alone_publishes_nothing(world: World) -> None:
     world.repository.add(build(world.base / "built", "1.2.0"), "main")
     alice = [keys[0] for role, keys in world.keys.items() if len(keys) == 3]

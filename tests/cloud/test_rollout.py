@@ -17,6 +17,7 @@ from cloud.rollout import (
     Abort,
     Execution,
     Job,
+    Kind,
     Operation,
     Plan,
     Rate,
@@ -31,6 +32,7 @@ from cloud.rollout import (
     parse_window,
     soaked,
     summarise,
+    update_prefix,
     update_stem,
 )
 
@@ -226,11 +228,14 @@ def test_the_floor_is_the_highest_that_any_unit_runs(listed: dict[str, int], run
     st.from_regex(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,40}", fullmatch=True),
     st.text("0123456789abcdef", min_size=64, max_size=64),
     st.integers(1, 9999),
+    st.sampled_from(Kind),
 )
-def test_a_jobs_name_is_one_that_aws_takes(ring: Ring, version: str, digest: str, number: int) -> None:
-    name = f"{update_stem('picket', ring, version, digest)}-{number}"
+def test_a_jobs_name_is_one_that_aws_takes(ring: Ring, version: str, digest: str, number: int, kind: Kind) -> None:
+    name = f"{update_stem('picket', ring, version, digest, kind)}-{number}"
 
     assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name)
+    found = [(each, of) for each in Ring for of in Kind if name.startswith(update_prefix("picket", each, of))]
+    assert found == [(ring, kind)]
 
 
 @given(st.sampled_from(Operation), st.from_regex(r"[A-Z0-9][A-Z0-9-]{2,30}[A-Z0-9]", fullmatch=True))
