@@ -269,8 +269,8 @@ class Image:
         return cls(
             name=manifest.name,
             version=manifest.version,
-            sha256=manifest.sha256,
-            size=manifest.size,
+            sha256=manifest.image.sha256,
+            size=manifest.image.size,
             path=manifest.image_path,
             block_map=manifest.bmap_path,
         )

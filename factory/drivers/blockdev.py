@@ -229,13 +229,17 @@ def lasting_path(path: str) -> str | None:
 class BlockStorage:
     """The block device at `path`, best under /dev/disk/by-path: that names the port, so the slot, whatever is in it.
 
-    `named_again` says that the bench file names the device a second time: only so is one used that does not look
-    removable. Nothing makes a mounted disk or the system disk acceptable.
+    `named_again` says that the operator names the device a second time: only so is one used that does not look
+    removable. Nothing makes a mounted disk or the system disk acceptable. `how_again` is what to add for it, where that
+    is not the bench file's `storage_again`.
     """
 
-    def __init__(self, path: str, *, named_again: bool = False, appear_seconds: float = APPEAR_SECONDS) -> None:
+    def __init__(
+        self, path: str, *, named_again: bool = False, how_again: str = "", appear_seconds: float = APPEAR_SECONDS
+    ) -> None:
         self.path = path
         self._named_again = named_again
+        self._how_again = how_again or f'storage_again = "block:{path}"'
         self._appear_seconds = appear_seconds
 
     def check(self) -> None:
@@ -286,7 +290,7 @@ class BlockStorage:
         if not disk.is_removable and not self._named_again:
             raise UserMistake(
                 f"{self.path} is not removable: {disk.name} looks like a disk that belongs to this station",
-                advice=f'If it is the unit\'s medium, name it twice: add storage_again = "block:{self.path}".',
+                advice=f"If it is the unit's medium, name it twice: add {self._how_again}.",
             )
         if disk.is_read_only:
             raise UserMistake(

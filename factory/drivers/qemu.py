@@ -73,6 +73,14 @@ class Child:
         """Its process id."""
         return self._process.pid
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended by then."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready` says so.
 
@@ -118,6 +126,10 @@ class _Lines:
         except OSError as error:
             raise StationFault(f"QEMU is gone: {error}") from error
 
+    def wait_for_ever(self) -> None:
+        """Let what is received take its time."""
+        self._socket.settimeout(None)
+
     def receive(self) -> str:
         while b"\n" not in self._rest:
             try:
@@ -151,6 +163,22 @@ class Qmp:
                 return message["return"]
             if "error" in message:
                 raise StationFault(f"QEMU refuses {command}: {message['error'].get('desc')}")
+
+    def end(self) -> str:
+        """Wait for the machine's end and say how it came, as QAPI's ShutdownCause names it: `guest-reset` and so on.
+
+        `watchdog` where that was its cause, which QAPI does not tell apart; empty where QEMU was killed.
+        """
+        self._lines.wait_for_ever()
+        starved = False
+        try:
+            while True:
+                message = json.loads(self._lines.receive())
+                starved = starved or message.get("event") == "WATCHDOG"
+                if message.get("event") == "SHUTDOWN":
+                    return "watchdog" if starved else str(message["data"].get("reason", ""))
+        except StationFault:
+            return ""
 
     def find(self, kind: str) -> str:
         """The path of the first device of a type that the machine made by itself.

@@ -225,6 +225,7 @@ class SimulatedBoard:
                 "state": str(self.root / "var/lib/picket"),
                 "releases": str(self.root / "opt/picket"),
                 "host_key": str(self.root / "etc/ssh/ssh_host_ed25519_key.pub"),
+                "sealed": str(self.root / "data/system/sealed"),
                 "run": str(self.place / "run"),
                 "clock_epoch": str(self.root / "usr/lib/clock-epoch"),
                 "board": str(self.kernel),
@@ -343,6 +344,7 @@ class _System:
     def _after_session(self, settings: Settings) -> None:
         """What the unit's root service does once the agent has asked to be sealed; then the board reboots."""
         if settings.paths.seal_request.exists() and not self._over.is_set():
+            settings.paths.sealed.parent.mkdir(parents=True, exist_ok=True)
             write_whole(settings.paths.sealed, b"")
             settings.paths.seal_request.unlink()
             self._hardware.reboot(self)

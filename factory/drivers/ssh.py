@@ -79,8 +79,14 @@ class SshShell:
                     ) from error
                 time.sleep(0.5)
         with connection:
-            channel = connection.transport.open_session(timeout=CONNECT_SECONDS)
-            channel.exec_command("provision")
+            try:
+                channel = connection.transport.open_session(timeout=CONNECT_SECONDS)
+                channel.exec_command("provision")
+            except (OSError, EOFError, paramiko.SSHException) as error:
+                raise LinkFault(
+                    f"the link to board {banner.board} broke before the agent answered: {error or 'it was closed'}",
+                    advice="Check the unit's power and network cable; then run it again.",
+                ) from error
             with channel:
                 yield SshAgent(channel)
 
