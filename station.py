@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,7 @@ from factory import authority
 from factory.authority import CertificateAuthority
 from factory.bench import Bench, Image, Unit
 from factory.benches import BenchFile, load_bench_file, open_bench
+from factory.drivers.blockdev import BlockStorage
 from factory.errors import CloudFault, ExitCode, FactoryError, StationFault, UserMistake
 from factory.files import write_whole
 from factory.limits import load_limits
@@ -44,8 +46,8 @@ from factory.line import Made, Product, produce
 from factory.record import Journal, NoWatcher, Records, RunFacts, Watcher, open_run, refuse_passed
 from factory.screen import JsonLines, LiveTable, record_json, run_table
 from firmware_agent.topics import valid_serial
-from image import factory_key, sample, tryout
-from image.errors import ImageError, ManifestError
+from image import authorisation, factory_key, sample, signing, tryout
+from image.errors import ImageError, ManifestError, MediumError, SigningError, ToolMissingError
 from image.manifest import ImageManifest
 
 P = ParamSpec("P")
@@ -61,6 +63,9 @@ ca_app = typer.Typer(no_args_is_help=True, help="The line's own certificate auth
 cloud_app = typer.Typer(no_args_is_help=True, help="What the line needs of the cloud.")
 app.add_typer(ca_app, name="ca")
 app.add_typer(cloud_app, name="cloud")
+
+#: What `make image` builds.
+DESCRIPTION = Path("build/image/picket.json")
 
 out = Console()
 err = Console(stderr=True)
@@ -146,6 +151,62 @@ def record(
         for one in runs:
             out.print(run_table(one))
     return ExitCode.PASS
+
+
+@app.command(
+    epilog="Example:  ./station.py authorise --board 10000000abcdef01 --medium /dev/disk/by-path/... "
+    "--signing-key file:build/keys/image"
+)
+@command
+def authorise(
+    board: Annotated[str, typer.Option(help="The board's serial, from its banner or record: 16 hex digits.")],
+    medium: Annotated[Path, typer.Option(help="The unit's medium in a card reader, or a raw image of it.")],
+    signing_key: Annotated[str, typer.Option(help="The key that the unit's image knows: file:PATH or pkcs11:...")],
+    image: Annotated[Path, typer.Option(help="Description of the image that the unit runs.")] = DESCRIPTION,
+    days: Annotated[int, typer.Option(min=1, max=90, help="How long it may take until the unit starts with it.")] = 7,
+    medium_again: Annotated[
+        Path | None, typer.Option(help="The medium once more, where it is a disk that does not look removable.")
+    ] = None,
+) -> ExitCode:
+    """Let one sealed unit start in factory mode, once: its next start, with this medium."""
+    if not re.fullmatch("[0-9a-f]{16}", board):
+        raise UserMistake(f"{board!r} is no board's serial", advice="It has 16 of 0-9 and a-f; the record shows it.")
+    if medium_again not in {None, medium}:
+        raise UserMistake(
+            f"--medium-again is {medium_again}, but --medium is {medium}",
+            advice="Write the same text twice, or leave --medium-again out.",
+        )
+    if medium.is_block_device():
+        again = f"--medium-again {medium}"
+        BlockStorage(str(medium), named_again=medium_again is not None, how_again=again).check()
+    try:
+        described, signer = ImageManifest.load(image), signing.open_signer(signing_key)
+        authorisation.check_key(signer, described)
+        content = authorisation.compose(described.name, board, int(time.time()), days, signer)
+        authorisation.put_on(medium, content, described)
+    except ImageError as error:
+        raise not_authorised(error) from error
+    out.print(f"The medium now authorises the board {board} to start in factory mode, once, within {days} days.")
+    out.print("Next: put it back and switch the unit on. Its start after that one is in product mode again.")
+    return ExitCode.PASS
+
+
+def not_authorised(error: ImageError) -> FactoryError:
+    """Who must act where no authorisation came about, and how."""
+    said = f"no authorisation was written: {error}"
+    match error:
+        case SigningError():
+            return UserMistake(said, advice="Name the key that signed the unit's image, as file:PATH or pkcs11:...")
+        case ManifestError():
+            return UserMistake(said, advice="Name by --image the description (JSON) of the image that the unit runs.")
+        case MediumError():
+            advice = "Name the whole disk in the reader, or a raw image of all of it (not packed), and its --image."
+            return UserMistake(said, advice=advice)
+        case ToolMissingError():
+            return StationFault(said, advice="Install what is missing, then say it again.")
+        case _:
+            advice = "Try another reader. If it says the same, the medium is damaged: make the unit again on a new one."
+            return StationFault(said, advice=advice)
 
 
 # --- authority and cloud --------------------------------------------------------------------------------------------
