@@ -1,5 +1,6 @@
 """The virtual Pi's boots."""
 
+import gzip
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,15 @@ from factory.drivers.virtual import open_bench
 from factory.flash import flash
 from factory.record import NoWatcher, Step
 from firmware_agent.wire import parse_banner
+from image import initramfs
 from image.manifest import ImageManifest
 
 ROUNDS = 3
 TOOLS = ("qemu-system-aarch64", "swtpm", "fdtput", "mcopy", "setpriv")
 
 _READY = "bench: the root file system is up"
-_MINIMAL_INIT = f"#!/bin/sh\necho '{_READY}' >/dev/console\nwhile :; do sleep 60; done\n"
+_START = "switch_root /root /sbin/init"
+_MINIMAL_START = f"switch_root /root /bin/sh -c 'echo {_READY} >/dev/console; while :; do sleep 60; done'"
 
 
 class NoBootError(Exception):
@@ -29,10 +32,10 @@ class NoBootError(Exception):
 def to_banner(place: Place) -> Reading:
     """Power-on to the factory banner, each time from a medium that was just flashed, as on the line.
 
-    The peer has the same kernel, initramfs and root file system, and in the place of systemd a shell script that prints
-    a line: nothing that runs on this image can be ready sooner.
+    The peer has the same kernel, initramfs and root file system, and in the place of systemd a shell that prints a
+    line: nothing that runs on this image can be ready sooner.
     """
-    need(*TOOLS, "debugfs")
+    need(*TOOLS)
     image, manifest, _ = built_image(place.image)
 
     def ours() -> float:
@@ -87,9 +90,17 @@ def _boot(bench: Bench, done: Callable[[str], bool]) -> float:
 
 
 def _replace_init(medium: Path, manifest: ImageManifest, scratch: Path) -> None:
-    """Put a minimal init into the root file system of a medium, without mounting it."""
-    root = next(part for part in manifest.partitions if part.type == "ext4")
-    init, orders = scratch / "init", scratch / "orders"
-    init.write_text(_MINIMAL_INIT)
-    orders.write_text(f"rm /usr/sbin/init\nwrite {init} /usr/sbin/init\nset_inode_field /usr/sbin/init mode 0100755\n")
-    run("debugfs", "-w", "-f", orders, f"{medium}?offset={root.start}")
+    """Let the initramfs of a medium start a line of shell in the place of systemd.
+
+    The kernel unpacks one archive behind the other, and the last /init is the one that counts.
+    """
+    script = initramfs.INIT.read_text()
+    if script.count(_START) != 1:
+        raise NoBootError(f"image/init has no line {_START} any more")
+    init = initramfs.file("init", script.replace(_START, _MINIMAL_START).encode(), executable=True)
+    boot = next(part for part in manifest.partitions if part.label == "PICKETBOOT")
+    place, archive = f"{medium}@@{boot.start}", scratch / "initrd.img"
+    run("mcopy", "-n", "-o", "-i", place, "::initrd.img", archive)
+    with archive.open("ab") as appended:
+        appended.write(gzip.compress(initramfs.cpio([init])))
+    run("mcopy", "-n", "-o", "-i", place, archive, "::initrd.img")

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from bench.clock import median, parts, seconds
 from bench.figures import NotMeasuredError, Place, Reading
 from bench.tools import ROOT, built_image, need, need_root, python, run
+from image import factory_key, lock
+from image.manifest import ImageManifest
 from image.recipe import load
 
 CACHE = ROOT / "build/cache"
@@ -25,17 +28,48 @@ class ChangeLostError(Exception):
 
 
 def cold(place: Place) -> Reading:
-    """A build with nothing in any cache, against mmdebstrap that only downloads and unpacks the same packages.
+    """A build with nothing in any cache, against the root file system alone as a plain recipe makes it.
 
-    No image of these packages can be had for less; what configures them, the device's Python packages, the initramfs,
-    the file systems and their compression come on top.
+    That is mmdebstrap and update-initramfs, with the unit's own programs run by QEMU's emulation of its processor. The
+    agent, its Python packages, the file systems, the images and what describes them come on top there.
     """
     _need_builder()
     place.say("building with empty caches; this takes minutes")
     built = _build(ROOT, place.scratch / "cold", place.scratch / "cache", place)
-    place.say("downloading and unpacking the same packages")
-    unpacking = seconds(lambda: _unpack_only(place.scratch / "unpacked"))
-    return Reading(built.wall, unpacking, parts(built.stages, least=5.0))
+    place.say("installing the same packages under emulation; this takes many minutes")
+    plain = seconds(lambda: _plain_recipe(place.scratch / "plain"))
+    return Reading(built.wall, plain, parts(built.stages, least=5.0))
+
+
+def compressed_size(place: Place) -> Reading:
+    """What is downloaded and flashed, against the packages in it as they were downloaded."""
+    _, manifest, _ = built_image(place.image)
+    if manifest.compressed is None:
+        raise NotMeasuredError("the image was not compressed; make image")
+    path = load(ROOT / _RECIPE).lock
+    debs = sum(pin.size for pin in lock.parse(path.read_text(), path.name).sets[lock.TARGET])
+    return Reading(manifest.compressed.size / 1e6, debs / 1e6)
+
+
+def root_size(place: Place) -> Reading:
+    """A slot's root with its tree of hashes, against the same files unpacked."""
+    need("unsquashfs")
+    _, manifest, _ = built_image(place.image)
+    root = next(part for part in manifest.partitions if part.label == "picket-root")
+    listed = run("unsquashfs", "-o", str(root.start), "-lln", "-d", "", manifest.image_path)
+    sizes = [int(found[1]) for found in re.finditer(r"^-\S{9} +\d+/\d+ +(\d+) ", listed, re.MULTILINE)]
+    return Reading(_filled(manifest.image_path, root.start, root.size) / 1e6, sum(sizes) / 1e6, f"{len(sizes)} files")
+
+
+def _filled(image: Path, start: int, size: int) -> int:
+    """How much of a partition is not zeros at its end."""
+    step = 2**20
+    with image.open("rb") as file:
+        for place in range(start + size - step, start, -step):
+            file.seek(place)
+            if file.read(step).strip(b"\0"):
+                return place + step - start
+    return 0
 
 
 def after_agent_change(place: Place) -> Reading:
@@ -58,7 +92,7 @@ def after_agent_change(place: Place) -> Reading:
     if after.sha256 == before.sha256:
         raise ChangeLostError("the image is the same with the changed agent")
     place.say("copying and compressing the image")
-    image = place.scratch / "after" / "picket.img"
+    image = ImageManifest.load(place.scratch / "after/picket.json").image_path
     copies = [seconds(lambda: _copy_and_compress(image, place.scratch)) for _ in range(_COPIES)]
     return Reading(after.wall, median(copies), parts(after.stages, least=1.0))
 
@@ -93,11 +127,12 @@ def _need_free_cache() -> None:
 
 def _build(tree: Path, output: Path, cache: Path, place: Place) -> _Built:
     said: list[str] = []
+    key = factory_key.ensure(place.scratch / "key")
     took = seconds(
         lambda: said.append(
             python(
                 "-m", "image", "build", "--json",
-                "--output", output, "--cache", cache, "--key", place.scratch / "key",
+                "--output", output, "--cache", cache, "--key", key, "--no-updates",
                 cwd=tree,
                 env={"PIP_NO_CACHE_DIR": "1"},
             )
@@ -106,16 +141,17 @@ def _build(tree: Path, output: Path, cache: Path, place: Place) -> _Built:
     return _Built(took, json.loads(said[0]))
 
 
-def _unpack_only(root: Path) -> None:
+def _plain_recipe(root: Path) -> None:
     recipe = load(ROOT / _RECIPE)
+    packages = [name for name in recipe.packages if name != "tiny-initramfs"]  # which is in the other one's place
     run(
-        "mmdebstrap", "--mode=root", "--variant=extract",
-        f"--architectures={recipe.architecture}",
-        f"--components={','.join(recipe.components)}",
+        "mmdebstrap", "--mode=root", "--variant=minbase",
+        f"--architectures={recipe.base.architecture}",
+        f"--components={','.join(recipe.base.components)}",
         "--aptopt=APT::Install-Recommends false",
-        "--include=?essential", f"--include={','.join(recipe.packages)}",
-        recipe.suite, root,
-        *([recipe.mirror] if recipe.mirror else []),
+        f"--include={','.join((*packages, 'initramfs-tools'))}",
+        recipe.base.suite, root,
+        *([recipe.base.mirror] if recipe.base.mirror else []),
     )  # fmt: skip
     shutil.rmtree(root)
 

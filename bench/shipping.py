@@ -23,9 +23,10 @@ from firmware_agent.update.trust import Trust
 from image.base import Base, base_root
 from image.build import LOCK
 from image.cache import held
+from image.python import PYTHON, compile_python
 from image.recipe import Recipe, load
 from image.release import Built, device_release, pack, simulated_release
-from image.wheels import PYTHON, compile_python, device_library
+from image.wheels import device_library
 from tests.updates import World
 
 RECIPE = ROOT / "image/recipes/picket.toml"
@@ -83,7 +84,7 @@ class Maker:
         source.write_text(source.read_text() + CHANGE)
         source.chmod(0o444)
         if self.base is not None:
-            compile_python(self.base, agent, f"/opt/picket/current/{agent.name}")
+            compile_python(self.base.twin, agent, f"/opt/picket/current/{agent.name}")
 
 
 @contextlib.contextmanager

@@ -24,8 +24,15 @@ FACTORY_KEY = ROOT / "build/keys/factory"
 _ZONE = "America/New_York"
 _UNIT_PHONE, _BARE_PHONE = "+15555550101", "+15555550102"  # 555-0100 to 555-0199 are kept for fiction
 _SMS_SECONDS = 10.0
+_BACK_SECONDS = 300.0
+#: Between two questions to the cloud, which is on this machine and would take the board's time.
+_LOOK_SECONDS = 1.0
 #: The sensor's hold time and the blind time after it (factory/drivers/pir.py), with some room.
 _WAVE_EVERY_SECONDS = 1.2
+
+
+class NotBackError(Exception):
+    """A unit that was powered is not heard of."""
 
 
 class NoSmsError(Exception):
@@ -67,6 +74,47 @@ def virtual(place: Place) -> Reading:
     first, second = boards.boot_twice(place.scratch / "twice", FACTORY_KEY, image)
     note = f"{parts(_steps([run]), least=1.0)}; boots {first:.1f} and {second:.1f}"
     return Reading(took, first + second, note)
+
+
+def ready(place: Place) -> Reading:
+    """A sealed unit from power-on until its cloud hears from its agent, against a blank one to its banner."""
+    need(*boards.TOOLS)
+    image, _, _ = built_image(place.image)
+    with open_shop(place.scratch, "virtual", image=place.image.absolute(), key=FACTORY_KEY) as shop:
+        place.say("a unit on the virtual Pi")
+        with shop.unit("PK-B00001") as (opened, _):
+
+            def ours() -> float:
+                place.say("power-on to the cloud")
+                before = _boot_id(shop, "PK-B00001")
+                opened.bench.power.off()
+                since = datetime.now(UTC)
+                opened.bench.power.on()
+                return (_heard(shop, "PK-B00001", before) - since).total_seconds()
+
+            mine = [ours() for _ in range(boards.ROUNDS)]
+    place.say("two boots to the banner")
+    first, second = boards.boot_twice(place.scratch / "twice", FACTORY_KEY, image)
+    return Reading(median(mine), second, f"{spread(mine)}; banners after {first:.1f} and {second:.1f}")
+
+
+def _boot_id(shop: Shop, serial: str) -> str | None:
+    device = shop.registry.device(serial)
+    return device.boot_id if device is not None else None
+
+
+def _heard(shop: Shop, serial: str, before: str | None) -> datetime:
+    """When a unit spoke in another boot than `before`, by the cloud's own stamp: this machine's clock.
+
+    Raises:
+        NotBackError: it does not.
+    """
+    end = time.monotonic() + _BACK_SECONDS
+    while (device := shop.registry.device(serial)) is None or device.boot_id == before:
+        if time.monotonic() > end:
+            raise NotBackError(f"{serial} does not connect within {_BACK_SECONDS:.0f} s of its power-on")
+        time.sleep(_LOOK_SECONDS)
+    return device.last_seen
 
 
 def edge_to_sms(place: Place) -> Reading:

@@ -50,8 +50,11 @@ def strict_json(text: str) -> Any:
 
 def test_everything_that_was_promised_is_measured() -> None:
     assert {one.name: (one.target.limit, one.target.of_peer) for one in MEASUREMENTS} == {
-        "image-cold": (360, False),
-        "image-agent-change": (45, False),
+        "image-cold": (240, False),
+        "image-agent-change": (20, False),
+        "image-size": (160, False),
+        "root-size": (450, False),
+        "virtual-ready": (20, False),
         "virtual-boot": (30, False),
         "virtual-unit": (180, False),
         "simulated-unit": (5, False),
