@@ -1,5 +1,6 @@
 """A factory site for tests: a real local cloud with the real stack, an authority, the sample image, and bench files."""
 
+import itertools
 import json
 import os
 import shutil
@@ -47,6 +48,10 @@ guest = {guest}
 """
 
 
+#: A process may open more sites than one.
+_SERIALS = itertools.count(1)
+
+
 @dataclass
 class Site:
     """One site; every test makes units with serials of its own on it."""
@@ -55,13 +60,13 @@ class Site:
     target: Target
     cloud: LocalEndpoint
     registry: Registry
-    _serials: int = field(default=0)
     _benches: int = field(default=0)
 
-    def serial(self) -> str:
-        """A serial that no other test has."""
-        self._serials += 1
-        return f"PK-{self._serials:06}"
+    @staticmethod
+    def serial() -> str:
+        """A serial that no other test has, of this worker or another: the station locks units for all of a checkout."""
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        return f"PK-{worker:02}{next(_SERIALS):04}"
 
     def bench(self, *faults: str, **changes: str) -> Path:
         """A bench file for a simulated board with `faults`; `changes` are values of the file."""

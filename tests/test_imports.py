@@ -14,7 +14,14 @@ ARROWS = {
     "firmware_agent": set[str](),
     "image": {"firmware_agent.update.archive", "firmware_agent.update.delta", "firmware_agent.update.BadArchive"},
     "cloud": {"firmware_agent.topics"},
-    "factory": {"image.manifest", "image.bmap", "image.errors", "firmware_agent.wire", "firmware_agent.topics"},
+    "factory": {
+        "image.manifest",
+        "image.bmap",
+        "image.errors",
+        "image.firmware",
+        "firmware_agent.wire",
+        "firmware_agent.topics",
+    },
     "factory/drivers/simulated.py": {"firmware_agent"},
     "factory/drivers/software_tpm.py": {"firmware_agent"},
 }

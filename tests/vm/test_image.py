@@ -1,52 +1,36 @@
 """What is on the built image, looked at from outside, without booting it."""
 
+import gzip
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from factory.drivers.pi_boot import copy_file, parse_config, read_boot_files
-from image import recipe
-from image.manifest import ImageManifest
-from tests.vm.conftest import KEY, debugfs
+from image import checksums, recipe, signing
+from image.firmware import PI_4, boot, read_file
+from image.ladder import RUNGS, climb
+from image.manifest import SCHEMA, ImageManifest
+from tests.vm.conftest import KEY, Root, partition
 
 pytestmark = pytest.mark.vm
 
 RECIPE = Path("image/recipes/picket.toml")
+SLOT_A = 2
 BOARDS = recipe.load(RECIPE).boards
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("image")
-
-
-@pytest.fixture
-def read(image: ImageManifest, folder: Path) -> "Reader":
-    return Reader(image, folder)
-
-
-class Reader:
-    def __init__(self, image: ImageManifest, folder: Path) -> None:
-        self._image = image
-        self._folder = folder
-
-    def text(self, path: str) -> str:
-        return debugfs(self._image, self._folder, f"cat {path}")
-
-    def names(self, path: str) -> set[str]:
-        listed = debugfs(self._image, self._folder, f"ls -p {path}")
-        return {line.split("/")[5] for line in listed.splitlines() if line.startswith("/")} - {".", ".."}
-
-    def stat(self, path: str) -> str:
-        return debugfs(self._image, self._folder, f"stat {path}")
 
 
 def test_the_image_is_what_its_description_says(image: ImageManifest) -> None:
     image.verify()
+
+
+def test_the_image_passes_every_static_check(image: ImageManifest) -> None:
+    results = {result.name: [said.text for said in result.findings if not said.note] for result in climb(image)}
+
+    assert results == {name: [] for name in RUNGS}
 
 
 def test_the_description_names_the_packages_of_both_kinds(image: ImageManifest) -> None:
@@ -56,87 +40,77 @@ def test_the_description_names_the_packages_of_both_kinds(image: ImageManifest) 
     assert all(found.values())
 
 
-def test_nobody_has_a_password(read: Reader) -> None:
-    for line in read.text("/etc/shadow").splitlines():
-        assert line.split(":")[1] in {"*", "!", "!*"}, line
+def test_nothing_of_one_unit_is_on_the_image(root: Root) -> None:
+    assert not {name for name in root.names("/etc/ssh") if name.startswith("ssh_host_")}
+    assert root.text("/etc/machine-id") == ""
+    assert "random-seed" not in root.names("/var/lib/systemd")
+    assert root.names("/var/lib/picket") == set()
+    assert root.names("/var/log") == set()
 
 
-def test_nobody_but_root_is_root(read: Reader) -> None:
-    roots = [line.split(":")[0] for line in read.text("/etc/passwd").splitlines() if line.split(":")[2] == "0"]
-
-    assert roots == ["root"]
-
-
-def test_nothing_of_one_unit_is_on_the_image(read: Reader) -> None:
-    assert not {name for name in read.names("/etc/ssh") if name.startswith("ssh_host_")}
-    assert read.text("/etc/machine-id") == ""
-    assert "random-seed" not in read.names("/var/lib/systemd")
-    assert read.names("/var/lib/picket") == set()
-    assert read.names("/var/log") == set()
+def test_nothing_of_the_build_host_is_on_the_image(root: Root) -> None:
+    assert not {name for name in root.names("/usr/lib") if "x86_64" in name}
+    assert not {name for name in root.names("/usr/bin") | root.names("/usr/sbin") if name.endswith(".foreign")}
+    assert root.text("/var/lib/dpkg/diversions") == ""
+    assert root.entries["/etc/hosts"].target == "../run/hosts"
 
 
-def test_nothing_of_the_build_host_is_on_the_image(read: Reader) -> None:
-    assert not {name for name in read.names("/usr/lib") if "x86_64" in name}
-    assert not {name for name in read.names("/usr/bin") | read.names("/usr/sbin") if name.endswith(".foreign")}
-    assert read.text("/var/lib/dpkg/diversions") == ""
-    assert "hosts" not in read.names("/etc")
-
-
-def test_the_factory_key_opens_one_command_only(read: Reader) -> None:
+def test_the_factory_key_opens_one_command_only(root: Root) -> None:
     public = KEY.with_name("factory.pub").read_text().strip()
 
-    assert read.text("/etc/picket/factory_authorized_keys") == (
+    assert root.text("/etc/picket/factory_authorized_keys") == (
         f'restrict,command="/usr/bin/picket-agent provision" {public}\n'
     )
 
 
-def test_keys_are_looked_for_in_one_place_only(read: Reader) -> None:
-    settings = read.text("/etc/ssh/sshd_config.d/10-picket.conf")
+def test_keys_are_looked_for_in_one_place_only(root: Root) -> None:
+    settings = root.text("/etc/ssh/sshd_config.d/10-picket.conf")
 
     assert "AuthorizedKeysFile /etc/picket/factory_authorized_keys" in settings
     assert "AllowUsers picket" in settings
     assert "PasswordAuthentication no" in settings
 
 
-def test_the_agents_files_are_roots_alone_to_change(read: Reader) -> None:
+def test_the_agents_files_are_roots_alone_to_change(root: Root) -> None:
     for path in ("/usr/bin/picket-agent", "/etc/picket/agent.toml", "/etc/picket/factory_authorized_keys"):
-        stat = read.stat(path)
-        assert re.search(r"User:\s+0\s+Group:\s+0", stat), path
-        assert re.search(r"Mode:\s+0[67][45][45]", stat), path
+        assert root.entries[path].owner == "0/0", path
+        assert re.fullmatch(r"-rw[x-]r-[x-]r-[x-]", root.entries[path].mode), path
 
 
 @pytest.mark.parametrize(
     "unit",
     ["picket-agent.service", "picket-factory.service", "picket-hostkey.service", "picket-seal.path", "ssh.service"],
 )
-def test_our_units_are_enabled(read: Reader, unit: str) -> None:
-    assert unit in read.names("/etc/systemd/system/multi-user.target.wants")
+def test_our_units_are_enabled(root: Root, unit: str) -> None:
+    assert unit in root.names("/etc/systemd/system/multi-user.target.wants")
 
 
 @pytest.mark.parametrize("unit", ["getty.target", "serial-getty@.service", "systemd-logind.service", "ssh.socket"])
-def test_what_has_no_use_here_is_masked(read: Reader, unit: str) -> None:
-    assert '"/dev/null"' in read.stat(f"/etc/systemd/system/{unit}")
+def test_what_has_no_use_here_is_masked(root: Root, unit: str) -> None:
+    assert root.entries[f"/etc/systemd/system/{unit}"].target == "/dev/null"
 
 
 def test_config_txt_names_files_that_are_there(image: ImageManifest, tmp_path: Path) -> None:
-    boot = read_boot_files(image.image_path, tmp_path)
+    started = boot(image.image_path, tmp_path, PI_4)
 
-    assert boot.kernel.read_bytes()[:2] == b"\x1f\x8b"
-    assert boot.initramfs is not None
-    assert f"root=PARTUUID={image.partitions[1].partuuid}" in boot.command_line.split()
-    config = parse_config((tmp_path / "config.txt").read_text(), "pi4")
-    assert config["arm_64bit"] == "1"
-    assert config["enable_uart"] == "1"
+    assert started.kernel.read_bytes()[:2] == b"\x1f\x8b"
+    assert started.initramfs is not None
+    (root_a,) = (part for part in image.partitions if part.label == "picket-root")
+    assert f"picket.verity={root_a.uuid}:" in started.command_line
+    assert started.choice.partition == 2
+    assert started.choice.config["arm_64bit"] == "1"
+    assert started.choice.config["enable_uart"] == "1"
 
 
 @pytest.mark.parametrize("name", ["bootcode.bin", "start.elf", "fixup.dat", "start4.elf", "fixup4.dat"])
-def test_the_firmware_is_there(image: ImageManifest, tmp_path: Path, name: str) -> None:
-    assert copy_file(image.image_path, name, tmp_path).stat().st_size > 1000
+def test_the_firmware_is_there(image: ImageManifest, name: str) -> None:
+    assert len(read_file(image.image_path, name, SLOT_A)) > 1000
 
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_every_board_has_a_console_and_a_place_for_the_tpm(image: ImageManifest, tmp_path: Path, board: str) -> None:
-    tree = copy_file(image.image_path, f"{board}.dtb", tmp_path)
+    tree = tmp_path / "board.dtb"
+    tree.write_bytes(read_file(image.image_path, f"{board}.dtb", SLOT_A))
 
     source = subprocess.run(["dtc", "-q", "-I", "dtb", "-O", "dts", tree], check=True, capture_output=True, text=True)
 
@@ -144,18 +118,33 @@ def test_every_board_has_a_console_and_a_place_for_the_tpm(image: ImageManifest,
     assert 'stdout-path = "serial' in source.stdout
 
 
-def test_the_initramfs_carries_the_way_to_every_medium(image: ImageManifest, tmp_path: Path) -> None:
-    archive = copy_file(image.image_path, "initrd.img", tmp_path)
-    unpacked = subprocess.run(["gzip", "-dc", archive], check=True, capture_output=True).stdout
+def test_the_initramfs_carries_the_way_to_every_medium(image: ImageManifest) -> None:
+    unpacked = gzip.decompress(read_file(image.image_path, "initrd.img", SLOT_A))
 
-    for module in ("virtio_blk", "sdhci_iproc", "bcm2835", "gpio_regulator", "ext4"):
+    for module in (
+        "virtio_blk",
+        "sdhci_iproc",
+        "bcm2835",
+        "gpio_regulator",
+        "ext4",
+        "dm_verity",
+        "squashfs",
+        "overlay",
+    ):
         assert f"modules/{module}.ko".encode() in unpacked
 
 
-def test_the_root_file_system_is_clean(image: ImageManifest, folder: Path) -> None:
-    debugfs(image, folder, "stat /")
+def test_the_data_partition_is_clean_and_empty(image: ImageManifest, folder: Path) -> None:
+    data = partition(image, "picket-data", folder)
 
-    subprocess.run(["/usr/sbin/e2fsck", "-fn", folder / "root.ext4"], check=True, capture_output=True)
+    subprocess.run(["/usr/sbin/e2fsck", "-fn", data], check=True, capture_output=True)
+    listed = subprocess.run(["/usr/sbin/debugfs", "-R", "ls -p /", data], check=True, capture_output=True, text=True)
+
+    assert {line.split("/")[5] for line in listed.stdout.splitlines() if line.startswith("/")} == {
+        ".",
+        "..",
+        "lost+found",
+    }
 
 
 def test_bmaptool_takes_our_block_map(image: ImageManifest, tmp_path: Path) -> None:
@@ -168,8 +157,29 @@ def test_bmaptool_takes_our_block_map(image: ImageManifest, tmp_path: Path) -> N
     assert subprocess.run(["cmp", copy, image.image_path], check=False).returncode == 0
 
 
-def test_the_description_is_plain_json(image: ImageManifest) -> None:
-    value = json.loads((image.directory / "picket.json").read_text())
+def test_the_description_is_what_the_published_schema_says(image: ImageManifest) -> None:
+    value = json.loads((image.directory / f"{image.name}-{image.version}.json").read_text())
+    schema = json.loads((image.directory / value["$schema"]).read_text())
 
-    assert value["sha256"] == image.sha256
-    assert [part["label"] for part in value["partitions"]] == ["PICKETBOOT", "picket-root"]
+    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(["date"])).validate(value)
+
+    assert schema == json.loads(SCHEMA.read_text())
+    assert [part["label"] for part in value["partitions"]] == [
+        "PICKETCTL", "PICKETBOOT", "none", "picket-root", "none", "picket-data",
+    ]  # fmt: skip
+    assert value["boards"][-1] == "bcm2712-rpi-5-b"
+    assert value["support"] == {"until": "2031-12-31", "contact": "mailto:security@example.com"}
+    assert value["verity"]["root_hash"] == next(part.uuid for part in image.partitions if part.type == "squashfs")
+
+
+def test_what_is_shipped_is_summed_and_signed(image: ImageManifest) -> None:
+    key = signing.open_signer(f"file:{signing.ensure()}").public_line
+
+    checked = checksums.check(image.directory, key)
+
+    stem = f"{image.name}-{image.version}"
+    wanted = {"img", "img.zst", "bmap", "json", "os.tar", "spdx.json", "cdx.json", "licences.txt"}
+    assert {f"{stem}.{suffix}" for suffix in wanted} | {"os_list.json", "release.json", SCHEMA.name} <= set(
+        checked.files
+    )
+    assert checked.signer is not None
