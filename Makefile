@@ -7,10 +7,13 @@ BIN := $(VENV)/bin
 STATION := $(BIN)/python station.py
 TARGET ?= local
 ONLY ?=
+# Workers take whole files, so that what a file sets up is set up once. WORKERS=0 runs one test after the other.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --durations=15
 PACKAGES := image factory firmware_agent cloud station.py tests bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vm test test-vm check format lock setup image release cloud cloud-up cloud-down doctor bench clean
+.PHONY: help demo demo-vm test test-vm check format lock setup image image-lock release cloud cloud-up cloud-down doctor bench clean
 
 help: ## show this help
 	@echo "Picket: put Raspberry Pi products into the world."
@@ -25,7 +28,11 @@ $(VENV)/.station: requirements/station.lock
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/station.lock
 	@touch $@
 
-$(VENV)/.development: requirements/development.lock $(VENV)/.station
+$(VENV)/.image: requirements/image.lock $(VENV)/.station
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/image.lock
+	@touch $@
+
+$(VENV)/.development: requirements/development.lock $(VENV)/.image
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements/development.lock
 	@touch $@
 
@@ -36,10 +43,10 @@ demo-vm: setup image ## the same on the real image in a virtual Pi
 	@$(STATION) demo --bench benches/virtual.toml
 
 test: $(VENV)/.development ## run the tests that need Python packages only
-	@$(BIN)/python -m pytest -m "not vm and not hardware"
+	@$(PYTEST) -n $(WORKERS) -m "not vm and not hardware"
 
 test-vm: setup image $(VENV)/.development ## run the tests on the real image in a virtual Pi
-	@$(BIN)/python -m pytest -m "vm"
+	@$(PYTEST) -n $(WORKERS) -m "vm"
 
 check: $(VENV)/.development ## lint, format, types, import arrows
 	@$(BIN)/ruff check $(PACKAGES)
@@ -64,10 +71,13 @@ build/updates/repository/root.json: | $(VENV)/.station
 	@test -s build/updates/passphrase || (umask 077; $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(24))' > build/updates/passphrase)
 	@$(BIN)/python -m cloud keys init --passphrase-file build/updates/passphrase
 
-image: setup $(VENV)/.station build/updates/repository/root.json ## build the OS image into build/image
-	@$(BIN)/python -m image build
+image: setup $(VENV)/.image build/updates/repository/root.json ## build the OS image into build/image: RECIPE=file.toml
+	@$(BIN)/python -m image build $(if $(RECIPE),--recipe $(RECIPE))
 
-release: $(VENV)/.station ## build a release of the agent: VERSION=1.2.0 FROM=old.tar.zst
+image-lock: setup $(VENV)/.image ## pin the newest version of each package: RECIPE=file.toml
+	@$(BIN)/python -m image lock $(if $(RECIPE),--recipe $(RECIPE))
+
+release: $(VENV)/.image ## build a release of the agent: VERSION=1.2.0 FROM=old.tar.zst
 	@if [ "$(or $(FOR),device)" = device ]; then sh image/setup.sh; fi
 	@$(BIN)/python -m image release --for $(or $(FOR),device) $(if $(VERSION),--version $(VERSION)) $(foreach old,$(FROM),--from $(old))
 
