@@ -1,12 +1,14 @@
 """The simulated board's SSH server: on loopback, with a host key of its own, open to the factory key alone.
 
 Whatever a session asks for, the one program runs, as on a unit whose keys carry a forced command. The program is a
-process of its own whose standard input and output are the session.
+process of its own whose standard input and output are the session. It ends with the station, however that ends: what
+outlived it would go on writing to a board that the next station has already started.
 """
 
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,13 +20,22 @@ from paramiko.ed25519key import Ed25519Key
 
 _PIECE = 65536
 
+#: Becomes the program in argv[2:] once the kernel will kill it with process argv[1] (prctl(2): PR_SET_PDEATHSIG). It
+#: counts the thread that started it, not the process.
+_MORTAL = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
 
 @dataclass(frozen=True)
 class Program:
     """What a session runs.
 
     Attributes:
-        command: program and arguments.
+        command: program, by its whole path, and arguments.
         environment: all of its environment.
         errors: where its standard error goes.
         ended: called when a session is over.
@@ -83,7 +94,7 @@ class FactorySsh:
     def _serve(self, channel: paramiko.Channel) -> None:
         program = self._program
         with subprocess.Popen(
-            program.command,
+            [sys.executable, "-I", "-S", "-c", _MORTAL, str(os.getpid()), *program.command],
             env=program.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
