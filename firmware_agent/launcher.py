@@ -1,10 +1,11 @@
 """Starts the release in force; the one part of the agent that is never updated over the air.
 
-    python3 -I -S launcher.py [--releases DIR] [--state DIR] [--library DIR] -- run
+    python3 -I -S launcher.py [--releases DIR] [--state DIR] [--run DIR] [--library DIR] [--no-wait] -- run
 
 It is one file, needs the standard library alone, and imports nothing of the agent that it starts: the image installs
 it where the agent cannot write. It reads two symbolic links and one small file, decides (`decide`, a pure function),
-writes the decision down, and becomes the agent by exec.
+writes the decision down, and becomes the agent by exec. It loads no more than that takes: the modules argparse and
+dataclasses were half of its time, before each start of the agent.
 
 - A release on trial is started only after the attempt was counted durably: a release that dies at once cannot be
   started more often than its limit, whatever dies with it. When the attempt cannot be counted (disk full, read-only),
@@ -29,8 +30,8 @@ Because old launchers meet new agents, every agent writes format 1, for ever, an
 can do without.
 """
 
-import argparse
 import contextlib
+import getopt
 import json
 import os
 import re
@@ -38,9 +39,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 FORMAT: Final = 1
 
@@ -54,6 +54,9 @@ PAUSES: Final = (0.0, 0.0, 1.0, 3.0, 10.0, 20.0)
 #: Seconds that one start of a trial has. Its health gate, once it is there, sets the timer anew by what it may take.
 TRIAL_SECONDS: Final = 1800
 
+#: The exit code when an option is not known.
+WRONG_ARGUMENTS: Final = 2
+
 #: The exit code when there is nothing to start (EX_CONFIG of sysexits.h).
 NOTHING_TO_START: Final = 78
 
@@ -61,8 +64,7 @@ NOTHING_TO_START: Final = 78
 NAME: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){1,3}-[0-9a-f]{8}")
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """A release that was begun and is not committed. `origin` ("from" in the file) is the one to go back to."""
 
     release: str
@@ -72,8 +74,7 @@ class Trial:
     job: str
 
 
-@dataclass(frozen=True)
-class RolledBack:
+class RolledBack(NamedTuple):
     """A release that was given up, why, and after how many starts."""
 
     release: str
@@ -83,8 +84,7 @@ class RolledBack:
     job: str
 
 
-@dataclass(frozen=True)
-class Boot:
+class Boot(NamedTuple):
     """What boot.json holds."""
 
     trial: Trial | None = None
@@ -190,8 +190,7 @@ def pause(boot: Boot) -> float:
     return 0.0 if boot.trial else PAUSES[min(max(boot.unsteady - 1, 0), len(PAUSES) - 1)]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What to start, what to write down before, and what to start instead if that cannot be written."""
 
     release: str
@@ -233,14 +232,14 @@ def decide(
         back = first(trial.origin, previous, but=trial.release)
         whole = intact(trial.release)
         if whole and (trial.attempts < trial.limit or not back):
-            counted = replace(trial, attempts=trial.attempts + 1)
+            counted = trial._replace(attempts=trial.attempts + 1)
             words = f"attempt {counted.attempts} of {trial.limit} at the release on trial"
-            return Plan(trial.release, replace(boot, trial=counted), back or trial.release, words)
+            return Plan(trial.release, boot._replace(trial=counted), back or trial.release, words)
         if back:
             reason = f"did not prove itself in {trial.attempts} starts" if whole else "is not whole on the disk"
             report = RolledBack(trial.release, back, reason, trial.attempts, trial.job)
             words = f"{trial.release} {reason}: back to {back}"
-            return _committed(back, replace(boot, trial=None, rolled_back=report), words)
+            return _committed(back, boot._replace(trial=None, rolled_back=report), words)
         return None
 
     if given_up and current == given_up.release and (back := first(given_up.to, previous, but=current)):
@@ -256,7 +255,7 @@ def decide(
 
 def _committed(release: str, boot: Boot, words: str) -> Plan:
     starts = min(boot.unsteady + 1, STEADY_STARTS + 1)  # counted no further, to spare the disk in an endless loop
-    return Plan(release, replace(boot, unsteady=starts), release, words, safe_mode=starts > STEADY_STARTS)
+    return Plan(release, boot._replace(unsteady=starts), release, words, safe_mode=starts > STEADY_STARTS)
 
 
 # --- the disk -----------------------------------------------------------------------------------------------------
@@ -360,7 +359,7 @@ def prepare(directory: Path, state: Path) -> Plan | None:
             write_durably(state / "boot.json", plan.boot.to_bytes())
     except OSError as error:
         say(f"cannot write {state / 'boot.json'}: {error}; starting {plan.instead}")
-        return replace(plan, release=plan.instead)
+        return plan._replace(release=plan.instead)
     try:
         if plan.release != current:
             point_durably(directory / "current", f"releases/{plan.release}")
@@ -408,17 +407,42 @@ def start(plan: Plan, directory: Path, library: Path | None, arguments: list[str
     os.execve(sys.executable, command, variables)  # noqa: S606
 
 
+class Options(NamedTuple):
+    """How the launcher is told where things are.
+
+    Attributes:
+        releases, state: directories.
+        run: a directory that ends with the power.
+        library: packages for releases that bring none themselves.
+        no_wait: whoever starts this waits by itself after failures.
+    """
+
+    releases: Path = Path("/opt/picket")
+    state: Path = Path("/var/lib/picket")
+    run: Path = Path("/run/picket")
+    library: Path | None = None
+    no_wait: bool = False
+
+
+def _parse_options(arguments: list[str]) -> tuple[Options, list[str]]:
+    """The launcher's options, and behind `--` the agent's arguments.
+
+    Raises:
+        getopt.GetoptError: one is not known, or lacks its value.
+    """
+    given, rest = getopt.getopt(arguments, "", ["releases=", "state=", "run=", "library=", "no-wait"])
+    places = {name[2:]: Path(value) for name, value in given if value}
+    return Options(**places, no_wait=("--no-wait", "") in given), rest
+
+
 def main(arguments: list[str]) -> int:
     """Start the release in force; returns only if there is none."""
-    parser = argparse.ArgumentParser(prog="launcher", description="Starts the release in force.")
-    parser.add_argument("--releases", type=Path, default=Path("/opt/picket"))
-    parser.add_argument("--state", type=Path, default=Path("/var/lib/picket"))
-    parser.add_argument("--run", type=Path, default=Path("/run/picket"), help="a directory that ends with the power")
-    parser.add_argument("--library", type=Path, help="packages for releases that bring none themselves")
-    parser.add_argument("--no-wait", action="store_true", help="whoever starts this waits by itself after failures")
-    parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="the agent's arguments")
-    options = parser.parse_args(arguments)
-    directory: Path = options.releases.absolute()
+    try:
+        options, rest = _parse_options(arguments)
+    except getopt.GetoptError as error:
+        say(str(error))
+        return WRONG_ARGUMENTS
+    directory = options.releases.absolute()
 
     plan = prepare(directory, options.state)
     if plan:
@@ -426,7 +450,7 @@ def main(arguments: list[str]) -> int:
         if wait:
             say(f"{plan.release} was not steady: {wait:g} s until it is started again")
             time.sleep(wait)
-        start(plan, directory, options.library, options.rest)
+        start(plan, directory, options.library, rest)
     say(f"there is no whole release in {directory / 'releases'}: write the image anew")
     if not options.no_wait:
         time.sleep(PAUSES[-1])  # a disk that could not be read may be readable then

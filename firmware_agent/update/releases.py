@@ -20,7 +20,7 @@ import functools
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Concatenate, Final, ParamSpec, TypeVar
 
@@ -188,7 +188,7 @@ class Releases:
         if current is None or current == name:
             raise InstallFault(f"the release in force is {current}: {name} cannot be tried from it")
         trial = Trial(name, current, 0, limit, job)
-        self._write(replace(boot, trial=trial, rolled_back=None))
+        self._write(boot._replace(trial=trial, rolled_back=None))
         return trial
 
     def switch(self) -> None:
@@ -244,7 +244,7 @@ class Releases:
             return
         if self.current() == boot.trial.release:
             raise InstallFault(f"{boot.trial.release} is on trial and current: it can only be rolled back")
-        self._write(replace(boot, trial=None))
+        self._write(boot._replace(trial=None))
 
     @_alone
     def forget_rolled_back(self) -> None:
@@ -254,14 +254,14 @@ class Releases:
             return
         if self.current() == boot.rolled_back.release and launcher.looks_intact(self.path(boot.rolled_back.to)):
             self._point("current", boot.rolled_back.to)
-        self._write(replace(boot, rolled_back=None))
+        self._write(boot._replace(rolled_back=None))
 
     @_alone
     def steady(self) -> None:
         """The committed release runs well: its starts are counted from zero again."""
         boot = self._read()
         if boot.unsteady:
-            self._write(replace(boot, unsteady=0))
+            self._write(boot._replace(unsteady=0))
 
     def garbage_collect(self) -> list[str]:
         """Remove the releases that nothing points to, and what interrupted work has left; returns their names.

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +102,13 @@ def test_the_current_release_is_started_with_its_own_packages_first(board: Board
     assert list(release.rglob("__pycache__")) == []
 
 
+def test_an_option_that_is_not_known_is_one_line_and_no_start(board: Board) -> None:
+    done = board.run("--relaeses", "/elsewhere")
+
+    assert (done.returncode, done.stdout) == (launcher.WRONG_ARGUMENTS, "")
+    assert done.stderr == "launcher: option --relaeses not recognized\n"
+
+
 def test_a_trial_runs_against_a_timer_while_there_is_a_release_to_go_back_to(board: Board) -> None:
     board.point(current=NEW)
     board.write(on_trial())
@@ -136,7 +142,7 @@ def test_a_trial_is_counted_before_it_starts_and_given_up_over_its_limit(board: 
     board.write(on_trial())
 
     started = [(board.start()["PICKET_RELEASE"], board.boot().trial) for _ in range(3)]
-    assert started == [(NEW, replace(on_trial().trial, attempts=n)) for n in (1, 2, 3)]  # type: ignore[type-var]
+    assert started == [(NEW, on_trial().trial._replace(attempts=n)) for n in (1, 2, 3)]  # type: ignore[union-attr]
 
     assert board.start()["PICKET_RELEASE"] == OLD
     assert board.current() == f"releases/{OLD}"
@@ -147,7 +153,7 @@ def test_a_trial_that_is_not_switched_to_is_left_alone(board: Board) -> None:
     board.write(on_trial())
 
     assert board.start()["PICKET_RELEASE"] == OLD
-    assert board.boot() == replace(on_trial(), unsteady=1)
+    assert board.boot() == on_trial()._replace(unsteady=1)
 
 
 @pytest.mark.parametrize("missing", ["manifest.json", "firmware_agent/__main__.py"])
@@ -282,7 +288,7 @@ def test_a_release_that_keeps_dying_is_started_ever_more_slowly_and_never_given_
 def test_a_start_after_a_steady_run_and_one_on_trial_do_not_wait() -> None:
     assert launcher.pause(Boot(unsteady=1)) == 0.0
     assert launcher.pause(Boot(unsteady=2)) == 0.0
-    assert launcher.pause(replace(on_trial(), unsteady=6)) == 0.0
+    assert launcher.pause(on_trial()._replace(unsteady=6)) == 0.0
 
 
 def test_the_first_start_after_power_on_does_not_wait_and_the_next_one_does(

@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -328,7 +327,7 @@ def test_a_word_of_being_steady_neither_loses_a_trial_nor_brings_one_back(
 
     monkeypatch.setattr(launcher, "read_boot", slow_read)
     for step, trial in ((lambda: releases.begin_trial(new, job="job-1"), True), (releases.commit, False)):
-        launcher.write_durably(state / "boot.json", replace(read(state / "boot.json"), unsteady=2).to_bytes())
+        launcher.write_durably(state / "boot.json", read(state / "boot.json")._replace(unsteady=2).to_bytes())
         house = threading.Thread(target=Releases(releases.directory, state).steady)
         spoken.clear()
         house.start()
