@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -232,6 +232,8 @@ def lock(
 ) -> None:
     """Pin the newest version of every package, and say what moved."""
     wanted = load(recipe)
+    if wanted.lock_of:
+        wanted = replace(load(wanted.lock_of), lock_of=None)
     first = not wanted.lock.exists()
     moved = renew(wanted, cache.resolve(), missing_only=missing_only)
     if json_output:

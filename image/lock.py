@@ -3,6 +3,8 @@
     image/recipes/picket.toml     what people decide
     image/recipes/picket.lock     what the archive's own signed index had for it, when `make image-lock` was run
 
+Recipes of the same packages share one (`lock_of`).
+
 A lock pins four sets: `target` (the root), `headers` (Python's for the target, to compile against) and the native twins
 of both kinds of build machine (`twin-amd64`, `twin-arm64`; image.twins). It names no host: where packages come from is
 the recipe's business, and the digests say whether they are the right ones.
@@ -202,8 +204,12 @@ def check_belongs(lock: Lock, wanted: Mapping[str, tuple[str, ...]], path: Path,
             ([f"it lacks {', '.join(more)}"] if more else [])
             + ([f"it has {', '.join(less)}, which the recipe has not"] if less else [])
         )
+        shared = path != recipe.with_suffix(".lock")
+        way_out = _way_out(path) + (
+            f"; or take lock_of out of {recipe}: it then gets a lock of its own" if shared else ""
+        )
         raise LockError(
-            f"the lock {path} does not belong to {recipe}: {key}: {differs or 'in another order'}; {_way_out(path)}"
+            f"the lock {path} does not belong to {recipe}: {key}: {differs or 'in another order'}; {way_out}"
         )
 
 
@@ -221,8 +227,7 @@ def moves(old: Lock | None, new: Lock) -> list[Move]:
 
 
 def write(lock: Lock, path: Path) -> None:
-    """Put a lock in place, whole or not at all; recipes that share one by a link go on sharing it."""
-    path = path.resolve()
+    """Put a lock in place, whole or not at all."""
     new = path.with_name(f".{path.name}.new")
     with new.open("w") as file:
         file.write(lock.dump())

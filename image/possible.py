@@ -227,6 +227,7 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
         "cmdline": _pattern(r"[!-~]+", "write one word of ASCII each"),
         "wifi_country": _pattern(r"|[A-Z]{2}", 'write two capital letters like DE, or "" for none'),
         "factory_key": _holding(_public_key),
+        "lock_of": _there(Path.is_file, "file", (".toml",)),
         "endpoint": _pattern(rf"|{_HOST_LABEL}(\.{_HOST_LABEL})+", 'write a host alone, like mqtt.example.com, or ""'),
         "pir_line": _between(0, 27),
         "shared": _shared,

@@ -149,6 +149,7 @@ class Recipe:
         disk: sizes.
         shared: directories that both slots share; `STATE`, which makes a unit this unit, is one of them or in one.
         support: what buyers are told.
+        lock_of: another recipe of the same packages, whose lock is this one's too. It is not inherited.
         file: the recipe's file; its lock lies beside it. Two recipes that say the same are equal.
     """
 
@@ -176,12 +177,13 @@ class Recipe:
     disk: DiskSettings = DiskSettings()
     shared: tuple[str, ...] = (STATE,)
     support: Support = Support()
+    lock_of: Path | None = field(default=None, compare=False)
     file: Path = field(default=Path("recipe.toml"), compare=False)
 
     @property
     def lock(self) -> Path:
         """The lock that pins the recipe's packages."""
-        return self.file.with_suffix(".lock")
+        return (self.lock_of or self.file).with_suffix(".lock")
 
 
 def load(path: Path) -> Recipe:
@@ -265,7 +267,10 @@ def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """
     chain: dict[Path, tuple[Path, dict[str, Any]]] = {}
     _follow(path, (), chain)
-    return list(chain.values())
+    *extended, last = chain.values()
+    for _, table in extended:
+        table.pop("lock_of", None)
+    return [*extended, last]
 
 
 def _follow(path: Path, above: tuple[Path, ...], chain: dict[Path, tuple[Path, dict[str, Any]]]) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from image import lock
+from image.__main__ import app
 from image.errors import LockError
 from image.lock import SETS, Lock, Pin
-from image.recipe import load
+from image.recipe import Recipe, load
 from image.resolve import HEADERS, locked, wanted
 
 ROOT = Path(__file__).parents[2]
@@ -142,13 +144,46 @@ def test_a_lock_takes_its_place_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.lock"]
 
 
-def test_recipes_that_share_a_lock_go_on_sharing_it(tmp_path: Path) -> None:
-    (tmp_path / "other.lock").symlink_to("x.lock")
+def test_recipes_of_the_same_packages_share_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{PRODUCT}"\nlock_of = "{PRODUCT}"\n')
 
-    lock.write(small(), tmp_path / "other.lock")
+    assert locked(load(tmp_path / "mine.toml")) == locked(load(PRODUCT))
 
-    assert (tmp_path / "other.lock").is_symlink()
-    assert lock.parse((tmp_path / "x.lock").read_text(), "x.lock") == small()
+
+def test_what_wants_other_packages_is_told_to_have_a_lock_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{PRODUCT}"\nlock_of = "{PRODUCT}"\npackages.add = ["tcpdump"]\n')
+
+    with pytest.raises(
+        LockError, match=r"does not belong to \S+/mine\.toml.*it lacks tcpdump.*take lock_of out of \S+/mine"
+    ):
+        locked(load(tmp_path / "mine.toml"))
+
+
+def test_whoever_extends_a_recipe_does_not_share_its_lock_unasked(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{PRODUCT.with_name("picket-zero.toml")}"\n')
+
+    assert load(tmp_path / "mine.toml").lock == tmp_path / "mine.lock"
+
+
+def test_renewing_a_shared_lock_renews_it_for_the_recipe_that_owns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner.toml").write_text(f'extends = "{PRODUCT}"\n')
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "owner.toml"\nlock_of = "owner.toml"\npackages.add = ["tcpdump"]\n')
+    resolved: list[Recipe] = []
+
+    def resolve(recipe: Recipe) -> Lock:
+        resolved.append(recipe)
+        return small()
+
+    monkeypatch.setattr("image.resolve.resolve", resolve)
+    done = CliRunner().invoke(app, ["lock", "--recipe", str(mine)])
+
+    assert done.exit_code == 0, done.output
+    assert "tcpdump" not in resolved[0].packages
+    assert (tmp_path / "owner.lock").read_text() == small().dump()
+    assert not (tmp_path / "mine.lock").exists()
 
 
 def test_a_recipe_without_a_lock_says_how_to_get_one(tmp_path: Path) -> None:
@@ -173,6 +208,11 @@ def test_the_products_lock_belongs_to_the_products_recipe() -> None:
     assert {pin.name for pin in found.sets["headers"]} == {HEADERS}
     assert {pin.architecture for pin in found.sets["twin-amd64"]} <= {"amd64", "all"}
     assert wanted(load(PRODUCT)) == dict(found.wanted)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "image/recipes").glob("picket*.toml")), ids=lambda path: path.name)
+def test_each_product_that_comes_along_has_a_lock_that_belongs_to_it(path: Path) -> None:
+    assert locked(load(path)).sets["target"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "image/recipes").glob("*.lock")), ids=lambda path: path.name)

@@ -148,6 +148,7 @@ def test_every_key_has_a_check_or_any_value_of_its_type_is_right() -> None:
         ('overlays = ["no.dts"]', "overlays: there is no file"),
         ('overlays = ["product.toml"]', "product.toml does not end in .dts"),
         ('files = ["product.toml"]', "files: there is no directory"),
+        ('lock_of = "no.toml"', "lock_of: there is no file"),
         ('factory_key = "no.pub"', "factory_key: there is no file"),
         ('factory_key = "product.toml"', "product.toml is no public key as OpenSSH writes it"),
         ('boot.secure_boot_key = "no.pem"', "boot.secure_boot_key: there is no file"),
