@@ -204,10 +204,9 @@ def check_belongs(lock: Lock, wanted: Mapping[str, tuple[str, ...]], path: Path,
             ([f"it lacks {', '.join(more)}"] if more else [])
             + ([f"it has {', '.join(less)}, which the recipe has not"] if less else [])
         )
-        shared = path != recipe.with_suffix(".lock")
-        way_out = _way_out(path) + (
-            f"; or take lock_of out of {recipe}: it then gets a lock of its own" if shared else ""
-        )
+        way_out = _way_out(path)
+        if path != recipe.with_suffix(".lock"):
+            way_out += f"; or take lock_of out of {recipe}: it then gets a lock of its own"
         raise LockError(
             f"the lock {path} does not belong to {recipe}: {key}: {differs or 'in another order'}; {way_out}"
         )

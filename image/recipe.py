@@ -267,10 +267,7 @@ def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """
     chain: dict[Path, tuple[Path, dict[str, Any]]] = {}
     _follow(path, (), chain)
-    *extended, last = chain.values()
-    for _, table in extended:
-        table.pop("lock_of", None)
-    return [*extended, last]
+    return list(chain.values())
 
 
 def _follow(path: Path, above: tuple[Path, ...], chain: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
@@ -281,6 +278,8 @@ def _follow(path: Path, above: tuple[Path, ...], chain: dict[Path, tuple[Path, d
     if here in chain:
         return
     table = _parsed(path, above[-1] if above else None)
+    if above:
+        table.pop("lock_of", None)  # is not inherited
     parents = table.pop("extends", [])
     if isinstance(parents, str):
         parents = [parents]
